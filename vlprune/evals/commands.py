@@ -146,7 +146,7 @@ def _load(model: str, device: str, threads: int | None) -> tuple[Any, Any, str]:
     from vlprune.evals.runner import SHORT_ANSWER
 
     try:
-        loaded = AutoModelForImageTextToText.from_pretrained(model, dtype="auto" if device != "cpu" else torch.float32)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(model, dtype="auto" if device != "cpu" else torch.float32)
         return loaded.to(device).eval(), AutoProcessor.from_pretrained(model), SHORT_ANSWER
     except (OSError, ValueError) as error:
         raise VLPruneError(f"cannot load {model!r}: {error}") from error

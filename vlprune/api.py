@@ -1,0 +1,99 @@
+"""apply, remove, applied, report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import nn
+
+from vlprune.engine.family import Family, families, family_of
+from vlprune.engine.patch import Patch, patch_of, uninstall
+from vlprune.errors import NotAppliedError
+from vlprune.method import Method, make
+from vlprune.report import Report
+
+DEFAULT = {"method": "hired", "budget": 0.4}
+"""What ``apply(model)`` does: see docs/results for the measurement behind it."""
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def apply(model: Model, method: str | Method | type[Method] | None = None, **options: Any) -> Model:
+    """Prunes the visual tokens of ``model`` from now on; returns the same ``model``.
+
+    Args:
+        model: a vision-language model of transformers, see :func:`supported_models`; PEFT and compiled wrappers are
+            looked through. A model that is pruned already gets the new method instead.
+        method: a method's name, see :func:`vlprune.methods`, its class, or an object of it. Default: the measured one.
+        **options: the method's knobs; ``budget`` is the one that all have.
+
+    Raises:
+        UnsupportedModelError, UnsupportedMethodError, OptionError, BudgetError: the model is then as it was before.
+    """
+    if method is None:
+        method = DEFAULT["method"]
+        options = {"budget": DEFAULT["budget"], **options}
+    inner = _unwrapped(model)
+    family = _family(inner)
+    Patch(inner, family, make(method, **options)).install()
+    return model
+
+
+def remove(model: Model) -> Model:
+    """Puts ``model`` back exactly as it was before :func:`apply`.
+
+    Raises:
+        NotAppliedError: there is nothing to remove.
+    """
+    if not uninstall(_unwrapped(model)):
+        raise NotAppliedError(f"no method is applied to this {type(model).__name__}; vlprune.apply(model) applies one")
+    return model
+
+
+@contextmanager
+def applied(model: Model, method: str | Method | type[Method] | None = None, **options: Any) -> Iterator[Model]:
+    """``with applied(model, ...):`` prunes inside the block; a method applied before is back in place after it."""
+    inner = _unwrapped(model)
+    before = patch_of(inner) if isinstance(inner, nn.Module) else None
+    apply(model, method, **options)
+    try:
+        yield model
+    finally:
+        uninstall(inner)
+        if before is not None:
+            Patch(inner, _family(inner), before.method).install()
+
+
+def report(model: nn.Module) -> Report:
+    """What the last forward with images kept and saved.
+
+    Raises:
+        NotAppliedError: no method is applied, or none has seen an image yet.
+    """
+    patch = patch_of(_unwrapped(model))
+    if patch is None:
+        raise NotAppliedError(f"no method is applied to this {type(model).__name__}; vlprune.apply(model) applies one")
+    if patch.prefill is None:
+        raise NotAppliedError("this model has not seen an image since the method was applied; run it first")
+    return Report.of(patch)
+
+
+def supported_models() -> list[Family]:
+    """The model families that :func:`apply` takes."""
+    import vlprune.integrations  # noqa: F401  (registers the built-in ones)
+
+    return families()
+
+
+def _family(model: Any) -> Family:
+    supported_models()
+    return family_of(model)
+
+
+def _unwrapped(model: Any) -> Any:
+    """The transformers model inside of wrappers by torch.compile and PEFT."""
+    model = getattr(model, "_orig_mod", model)
+    base = getattr(model, "get_base_model", None)
+    return base() if callable(base) else model

@@ -1,0 +1,251 @@
+"""Around the vision encoder: measures what a method needs, lets it choose, hands its choice to the decoder's side.
+
+``get_image_features`` is the one seam that every family has between encoder and LLM, and generate() calls it on its own
+before the prefill. Its output keeps its length, so placeholder checks and beam expansion upstream go on working.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlprune.engine.family import Parts
+from vlprune.engine.probes import Probe
+from vlprune.errors import BudgetError
+from vlprune.image import ImageLayout, ImageTokens
+from vlprune.method import Merge, Method, Selection
+
+
+@dataclass(eq=False)
+class Chosen:
+    """What was chosen for one image: ``keep (T,)`` on the device, None for all; ``grid`` the encoder saw a tile at."""
+
+    layout: ImageLayout
+    keep: Tensor | None
+    grid: tuple[int, int]
+    clock: Clock
+
+    @property
+    def kept(self) -> int:
+        return self.layout.total if self.keep is None else self.keep.shape[0]
+
+
+class Clock:
+    """Time on the device between ``start`` and ``stop``, read when somebody asks, so that nothing waits for it."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.marks: list[Any] = [self._mark()]
+
+    def stop(self) -> None:
+        self.marks.append(self._mark())
+
+    def _mark(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @property
+    def seconds(self) -> float:
+        start, end = self.marks
+        if not self.cuda:
+            return end - start
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+
+
+class ImageFeatures:
+    """Stands in for the base model's ``get_image_features`` while a method is applied.
+
+    An object and no closure, so that deepcopy and pickle keep it together with the model it belongs to.
+    """
+
+    def __init__(self, hooks: EncoderHooks):
+        self.hooks = hooks
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        # generate() reads which arguments the method takes.
+        return inspect.signature(self._original)
+
+    @property
+    def _original(self) -> Any:
+        base = self.hooks.parts.base
+        return getattr(type(base), "get_image_features").__get__(base)  # noqa: B009  (the class's own, not this object)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self.__signature__.bind(*args, **kwargs)
+        named = {k: v for k, v in bound.arguments.items() if k != "kwargs"} | bound.arguments.get("kwargs", {})
+        return self.hooks.run(self._original, named)
+
+
+class EncoderHooks:
+    """The encoder's side of a patch; ``chosen`` holds the choice until the next prefill takes it."""
+
+    def __init__(self, model: nn.Module, parts: Parts, method: Method):
+        self.model, self.parts, self.method = model, parts, method
+        self.probe = Probe(parts, method.needs)
+        self.chosen: list[Chosen] | None = None
+        self.grid: tuple[int, int] | None = None
+
+    def install(self) -> list[Any]:
+        self.parts.base.__dict__["get_image_features"] = ImageFeatures(self)
+        handles = self.probe.install()
+        if type(self.method).encoder_grid is not Method.encoder_grid:
+            handles.append(self.parts.vision.register_forward_pre_hook(self._shrink, with_kwargs=True))
+            handles.append(self.parts.projector.register_forward_hook(self._restore_grid))
+        return handles
+
+    def uninstall(self) -> None:
+        self.parts.base.__dict__.pop("get_image_features", None)
+
+    def run(self, original: Any, arguments: dict[str, Any]) -> Any:
+        """Runs the encoder and lets the method choose; returns what ``original`` returns, of unchanged length."""
+        self.chosen = None
+        layouts = self.parts.family.layouts(self.model, arguments)
+        if all(self.method.count(layout.total) >= layout.total for layout in layouts) and not self.method.adaptive:
+            out = original(**arguments)
+            clock = Clock(torch.device("cpu"))
+            clock.stop()
+            self.chosen = [Chosen(layout, None, layout.grid, clock) for layout in layouts]
+            return out
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, layout in enumerate(layouts):
+            groups.setdefault(self.method.encoder_grid(layout), []).append(index)
+        if len(groups) == 1:
+            return self._run_group(original, arguments, layouts, next(iter(groups)))
+        return self._run_groups(original, arguments, layouts, groups)
+
+    def _run_group(self, original: Any, arguments: dict[str, Any], layouts: list[ImageLayout], grid: tuple[int, int]) -> Any:
+        """Images whose tiles the encoder sees at the same ``grid``."""
+        self.grid = grid if grid != layouts[0].grid else None
+        try:
+            with self.probe:
+                out = original(**arguments)
+        finally:
+            self.grid = None
+        features = out.pooler_output if hasattr(out, "pooler_output") else out
+        signals = self.probe.take()
+        chosen, rows, first = [], [], 0
+        for layout, image in zip(layouts, features, strict=True):
+            tiles = {signal: values[first : first + layout.tiles] for signal, values in signals.items()}
+            first += layout.tiles
+            choice, image = self._choose(ImageTokens(image, layout, self.method.count(layout.total), tiles), grid)
+            chosen.append(choice)
+            rows.append(image)
+        self.chosen = chosen
+        return _with_features(out, rows, features)
+
+    def _run_groups(self, original: Any, arguments: dict[str, Any], layouts: list[ImageLayout], groups: dict) -> Any:
+        """Images whose tiles differ in ``grid``: one run of the encoder a grid, so that a batch equals single images."""
+        out: Any = None
+        rows: list[Any] = [None] * len(layouts)
+        chosen: list[Any] = [None] * len(layouts)
+        for grid, members in groups.items():
+            part = {k: v[members] if k in self.parts.family.pixels and torch.is_tensor(v) else v for k, v in arguments.items()}
+            out = self._run_group(original, part, [layouts[i] for i in members], grid)
+            features = out.pooler_output if hasattr(out, "pooler_output") else out
+            for place, index in enumerate(members):
+                rows[index], chosen[index] = features[place], (self.chosen or [])[place]
+        self.chosen = chosen
+        return _with_features(out, rows, rows)
+
+    def _choose(self, image: ImageTokens, grid: tuple[int, int]) -> tuple[Chosen, Tensor]:
+        """The choice for one image, and its features with merged rows in place."""
+        clock = Clock(image.device)
+        if image.count >= image.layout.total and not self.method.adaptive:
+            clock.stop()
+            return Chosen(image.layout, None, grid, clock), image.features
+        with torch.no_grad():
+            selection = self.method.select(image)
+        features = _merged(image.features, selection)
+        clock.stop()
+        if not self.method.adaptive and selection.keep.shape[0] != image.count:
+            raise BudgetError(
+                f"{type(self.method).__name__} kept {selection.keep.shape[0]} visual tokens where its budget "
+                f"{self.method.budget!r} allows exactly {image.count} of {image.layout.total}; "
+                "a method whose count depends on the image's content says so: adaptive = True"
+            )
+        return Chosen(image.layout, selection.keep, grid, clock), features
+
+    def take(self) -> list[Chosen] | None:
+        """The choice of the last run of the encoder, once."""
+        chosen, self.chosen = self.chosen, None
+        return chosen
+
+    # ------------------------------------------------------------------ a smaller image for the encoder
+
+    def _shrink(self, vision: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if self.grid is None:
+            return None
+        pixels = args[0] if args else kwargs["pixel_values"]
+        patch = self.parts.vision.config.patch_size
+        size = (self.grid[0] * patch, self.grid[1] * patch)
+        small = F.interpolate(pixels.float(), size, mode="bicubic", antialias=True, align_corners=False).to(pixels.dtype)
+        kwargs = {**kwargs, "interpolate_pos_encoding": True}
+        if args:
+            return (small, *args[1:]), kwargs
+        return args, {**kwargs, "pixel_values": small}
+
+    def _restore_grid(self, projector: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
+        """Features of the small grid, put where their patches' centres lie on the full one; zeros elsewhere."""
+        if self.grid is None:
+            return None
+        centres = self._centres.to(out.device)
+        full = out.new_zeros(out.shape[0], self._patches, out.shape[2])
+        return full.index_copy(1, centres, out)
+
+    @cached_property
+    def _full_grid(self) -> tuple[int, int]:
+        config = self.parts.vision.config
+        side = config.image_size // config.patch_size
+        return side, side
+
+    @property
+    def _patches(self) -> int:
+        return self._full_grid[0] * self._full_grid[1]
+
+    @property
+    def _centres(self) -> Tensor:
+        from vlprune.image import centres
+
+        assert self.grid is not None
+        return centres(self._full_grid, self.grid)
+
+
+def _merged(features: Tensor, selection: Selection) -> Tensor:
+    """``features (N, D)`` with every kept row replaced by the weighted mean of the rows merged into it."""
+    if selection.merge is None:
+        return features
+    merge: Merge = selection.merge
+    count = selection.keep.shape[0]
+    slot = torch.where(merge.target < 0, count, merge.target)
+    weight = torch.ones_like(slot, dtype=torch.float32) if merge.weight is None else merge.weight.float()
+    sums = features.new_zeros(count + 1, features.shape[1], dtype=torch.float32)
+    sums = sums.index_add(0, slot, features.float() * weight[:, None])
+    mass = weight.new_zeros(count + 1).index_add(0, slot, weight)
+    means = (sums / mass.clamp(min=1e-12)[:, None])[:count].to(features.dtype)
+    kept = features[selection.keep]
+    means = torch.where((mass[:count] > 0)[:, None], means, kept)
+    return features.index_copy(0, selection.keep, means)
+
+
+def _with_features(out: Any, rows: list[Tensor], like: Any) -> Any:
+    """``out`` with other features of the same lengths, in the container that the model had."""
+    if torch.is_tensor(like):
+        features: Any = torch.stack(rows)
+    else:
+        features = type(like)(rows)
+    if hasattr(out, "pooler_output"):
+        out.pooler_output = features
+        return out
+    return features

@@ -1,0 +1,153 @@
+"""A model family, described by data, and the registry of families."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any
+
+from torch import Tensor, nn
+
+from vlprune.errors import UnsupportedModelError, VLPruneError
+from vlprune.image import ImageLayout
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the parts of a model family are. Paths are attribute paths from the model; alternatives stand in a tuple.
+
+    ``layouts(model, arguments)`` gives one :class:`ImageLayout` an image from the arguments of ``get_image_features``,
+    without a look at the pixels. ``pixels`` names the arguments whose dimension 0 counts images.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    layouts: Callable[[nn.Module, dict[str, Any]], list[ImageLayout]]
+    stages: tuple[str, ...] = ("select",)
+    base: str = "model"
+    text: str = "model.language_model"
+    text_layers: str = "model.language_model.layers"
+    vision: str = "model.vision_tower"
+    vision_layers: tuple[str, ...] = ("encoder.layers", "vision_model.encoder.layers")
+    vision_types: tuple[str, ...] = ("clip_vision_model", "siglip_vision_model")
+    cls_types: tuple[str, ...] = ("clip_vision_model",)
+    query: str = "self_attn.q_proj"
+    key: str = "self_attn.k_proj"
+    projector: str = "model.multi_modal_projector"
+    pixels: tuple[str, ...] = ("pixel_values", "image_sizes")
+
+    def parts(self, model: nn.Module) -> Parts:
+        """The parts of ``model``; raises :class:`UnsupportedModelError` where this one deviates from its family."""
+        vision = _follow(model, self.vision)
+        vision_type = vision.config.model_type
+        if vision_type not in self.vision_types:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} with a vision encoder of type {vision_type!r} is not supported; "
+                f"allowed are {', '.join(self.vision_types)}"
+            )
+        text = _follow(model, self.text)
+        if "sliding_attention" in (getattr(text.config, "layer_types", None) or []):
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: its language model has sliding-window layers, which are not supported; "
+                "load it with sliding_window=None in text_config if its window is longer than your prompts"
+            )
+        blocks = next((b for path in self.vision_layers if (b := _find(vision, path)) is not None), None)
+        if blocks is None:
+            raise UnsupportedModelError(f"{type(model).__name__}: no vision blocks at {' or '.join(self.vision_layers)}")
+        return Parts(
+            family=self,
+            base=_follow(model, self.base),
+            text=text,
+            text_layers=list(_follow(model, self.text_layers)),
+            vision=vision,
+            vision_layers=list(blocks),
+            projector=_follow(model, self.projector),
+            has_cls=vision_type in self.cls_types,
+        )
+
+    def image_tokens(self, model: nn.Module, input_ids: Tensor) -> Tensor:
+        """Which of ``input_ids (B, L)`` are placeholders of visual tokens."""
+        config: Any = model.config
+        token = getattr(config, "image_token_id", None)
+        return input_ids == (config.image_token_index if token is None else token)
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """The modules of one model that the engine hooks into. ``has_cls``: row 0 of the vision encoder is [CLS]."""
+
+    family: Family
+    base: Any
+    text: Any
+    text_layers: list[Any]
+    vision: Any
+    vision_layers: list[Any]
+    projector: Any
+    has_cls: bool
+
+    @property
+    def prefix(self) -> int:
+        """Rows of the vision encoder that are no patches."""
+        return int(self.has_cls)
+
+
+def _find(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+        if module is None:
+            return None
+    return module
+
+
+def _follow(module: Any, path: str) -> Any:
+    found = _find(module, path)
+    if found is None:
+        raise UnsupportedModelError(f"{type(module).__name__} has no {path}; is it a model with a language head?")
+    return found
+
+
+# ------------------------------------------------------------------ registry
+
+_families: dict[str, Family] = {}
+_found_entry_points = False
+
+
+def register(family: Family) -> Family:
+    """Makes a model family known. Its model types must not be taken by another family."""
+    for model_type in family.model_types:
+        known = _families.get(model_type)
+        if known is not None and known.name != family.name:
+            raise VLPruneError(f"model type {model_type!r} is taken by the family {known.name!r}")
+    _families.update(dict.fromkeys(family.model_types, family))
+    return family
+
+
+def families() -> list[Family]:
+    """All registered families, those of installed packages (entry point group ``vlprune.integrations``) included."""
+    global _found_entry_points
+    if not _found_entry_points:
+        _found_entry_points = True
+        for entry in entry_points(group="vlprune.integrations"):
+            loaded = entry.load()
+            if isinstance(loaded, Family):
+                register(loaded)
+    return list({family.name: family for family in _families.values()}.values())
+
+
+def family_of(model: Any) -> Family:
+    """The family of ``model``, by its config's model type."""
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model; supported are {_listed()}")
+    model_type = getattr(model.config, "model_type", None)
+    for family in families():
+        if model_type in family.model_types:
+            return family
+    raise UnsupportedModelError(
+        f"{type(model).__name__} (model type {model_type!r}) is not supported; supported are {_listed()}. "
+        "A family of your own: vlprune.integrations.register(Family(...))"
+    )
+
+
+def _listed() -> str:
+    return ", ".join(f"{family.name} ({', '.join(family.model_types)})" for family in families())

@@ -1,0 +1,89 @@
+"""Installing a method into a model, and taking it out again without a trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlprune.engine.decoder import DecoderHooks, Prefill
+from vlprune.engine.encoder import EncoderHooks
+from vlprune.engine.family import Family, Parts
+from vlprune.errors import UnsupportedMethodError
+from vlprune.method import Method
+from vlprune.signals import ClsAttention
+
+ATTRIBUTE = "_vlprune"
+
+
+class Patch:
+    """One method in one model. Everything it adds is a hook of an object of its own, so copies of the model work too."""
+
+    def __init__(self, model: nn.Module, family: Family, method: Method):
+        self.model, self.method = model, method
+        self.parts: Parts = family.parts(model)
+        check(method, self.parts)
+        self.encoder = EncoderHooks(model, self.parts, method)
+        self.decoder = DecoderHooks(model, self.parts, self.encoder)
+        self.handles: list[Any] = []
+
+    @property
+    def prefill(self) -> Prefill | None:
+        return self.decoder.prefill
+
+    def install(self) -> None:
+        """Replaces a patch that is there already."""
+        uninstall(self.model)
+        self.model.__dict__[ATTRIBUTE] = self
+        self.handles = [*self.encoder.install(), *self.decoder.install()]
+        _forget_compiled(self.model)
+
+    def uninstall(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.encoder.uninstall()
+        self.model.__dict__.pop(ATTRIBUTE, None)
+        _forget_compiled(self.model)
+
+
+def patch_of(model: nn.Module) -> Patch | None:
+    return model.__dict__.get(ATTRIBUTE)
+
+
+def uninstall(model: nn.Module) -> bool:
+    """Whether there was a patch to take out."""
+    patch = patch_of(model)
+    if patch is not None:
+        patch.uninstall()
+    return patch is not None
+
+
+def check(method: Method, parts: Parts) -> None:
+    """Raises :class:`UnsupportedMethodError` where ``method`` needs what the model does not have."""
+    missing = [stage for stage in method.stages if stage not in parts.family.stages]
+    if missing:
+        raise UnsupportedMethodError(
+            f"{method.name} acts in the stage {', '.join(missing)}, but {parts.family.name} is supported in "
+            f"{', '.join(parts.family.stages)} only"
+        )
+    layers = len(parts.vision_layers)
+    for signal in method.needs:
+        if isinstance(signal, ClsAttention) and not parts.has_cls:
+            from vlprune.method import methods
+
+            others = [name for name, cls in methods().items() if not any(isinstance(s, ClsAttention) for s in cls.needs)]
+            raise UnsupportedMethodError(
+                f"{method.name} needs the attention of [CLS], but the vision encoder of this model "
+                f"({parts.vision.config.model_type}) has no [CLS]; methods that do without: {', '.join(others)}"
+            )
+        if not -layers <= signal.layer < layers:
+            raise UnsupportedMethodError(
+                f"{method.name} asks for vision layer {signal.layer}, but this encoder has layers 0 to {layers - 1}"
+            )
+
+
+def _forget_compiled(model: nn.Module) -> None:
+    """Compiled code does not notice hooks that come or go later."""
+    if getattr(model, "_compiled_call", None) is not None:
+        torch.compiler.reset()

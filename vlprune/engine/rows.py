@@ -1,0 +1,113 @@
+"""Row maps: which logical token each physical row of a pruned sequence is.
+
+*Logical* positions count every token ever fed to the model; attention masks, position ids and cache lengths outside the
+decoder layers speak of them. *Physical* rows are the tokens still alive inside the decoder layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vlprune.errors import IncompatibleCacheError
+
+FILLER = -1
+"""Marks a physical row that stands for no token: shorter samples of a batch have some on the left."""
+
+
+def right_align(keep: Tensor, length: int) -> Tensor:
+    """Kept positions of ``keep (B, L)`` bool as rows ``(B, length)`` int64: ascending, right-aligned, filler on the left.
+
+    ``length`` is the largest number of kept positions of a sample; it is known to the caller, so nothing waits for the
+    device.
+    """
+    order = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, keep.shape[1] - length :]
+    return torch.where(keep.gather(1, order), order, FILLER)
+
+
+def take(tensor: Tensor, rows: Tensor, dim: int) -> Tensor:
+    """Gathers ``rows (B, n)`` of ``tensor`` along ``dim``; its dimension 0 is the batch (B, or 1 to be shared).
+
+    Filler rows yield row 0; they are never attended to.
+    """
+    index = rows.clamp(min=0).to(tensor.device)
+    if tensor.shape[0] != index.shape[0]:
+        tensor = tensor.expand(index.shape[0], *tensor.shape[1:])
+    shape = [1] * tensor.ndim
+    shape[0], shape[dim] = index.shape
+    sizes = list(tensor.shape)
+    sizes[dim] = index.shape[1]
+    return tensor.gather(dim, index.view(shape).expand(sizes))
+
+
+def put(tensor: Tensor, rows: Tensor, length: int) -> Tensor:
+    """The inverse of :func:`take` along dimension 1: ``(B, n, D)`` back to ``(B, length, D)``, zeros where no row was."""
+    index = torch.where(rows < 0, length, rows).to(tensor.device)
+    full = tensor.new_zeros(tensor.shape[0], length + 1, *tensor.shape[2:])
+    index = index.view(*index.shape, *[1] * (tensor.ndim - 2)).expand_as(tensor)
+    return full.scatter(1, index, tensor)[:, :length]
+
+
+class RowMap:
+    """Logical position of every physical slot of a layer's cache.
+
+    Slot ``s`` below ``prefix.shape[1]`` holds logical position ``prefix[b, s]``; behind the prefix nothing was dropped, so
+    slots and positions go on together from ``base`` on.
+    """
+
+    def __init__(self, prefix: Tensor, base: int, filler: bool):
+        self.prefix = prefix
+        self.base = base
+        self.filler = filler
+        self.fixed: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def dropped(self) -> int:
+        """Logical positions that have no slot (padding counts as dropped)."""
+        return self.base - self.prefix.shape[1]
+
+    def columns(self, slots: int) -> Tensor:
+        """Logical positions ``(B, slots)`` of the first ``slots`` slots."""
+        length = self.prefix.shape[1]
+        if slots <= length:
+            return self.prefix[:, :slots]
+        tail = torch.arange(slots - length, device=self.prefix.device) + self.base
+        return torch.cat([self.prefix, tail.expand(self.prefix.shape[0], -1)], 1)
+
+    def fix(self, slots: int) -> None:
+        """Keeps the columns of a cache of constant size at hand: compiled decode steps read them and nothing else."""
+        columns = self.columns(slots)
+        self.fixed = columns.clamp(0, slots - 1), (columns >= 0) & (columns < slots)
+
+    def extended(self, rows: Tensor | None, past: int, length: int, filler: bool) -> RowMap:
+        """The map after ``length`` more logical tokens, of which only ``rows`` were stored (None: all of them)."""
+        head = self.columns(past - self.dropped)
+        if rows is None:
+            rows = torch.arange(length, device=head.device).expand(head.shape[0], -1)
+        new = torch.where(rows < 0, FILLER, rows + past).to(head.device)
+        return RowMap(torch.cat([head, new], 1), past + length, self.filler or filler)
+
+    @classmethod
+    def identity(cls, batch: int, past: int, device: torch.device) -> RowMap:
+        """A map of ``past`` tokens of which none was dropped."""
+        return cls(torch.arange(past, device=device).expand(batch, -1), past, filler=False)
+
+    def select(self, samples: Tensor) -> None:
+        """Reorders, repeats or drops samples of the batch, as the cache does for beams."""
+        samples = samples.to(self.prefix.device)
+        self.prefix = self.prefix[samples]
+        if self.fixed is not None:
+            self.fixed = self.fixed[0][samples], self.fixed[1][samples]
+
+    def crop(self, length: int) -> None:
+        """Forgets logical positions from ``length`` on. They must lie behind every dropped token."""
+        excess = self.base - length
+        if excess <= 0:
+            return
+        tail = torch.arange(length, self.base, device=self.prefix.device)
+        if excess > self.prefix.shape[1] or not torch.equal(self.prefix[:, -excess:], tail.expand(self.prefix.shape[0], -1)):
+            raise IncompatibleCacheError(
+                f"the cache cannot be cropped to {length} tokens: tokens behind that position were pruned. "
+                "Crop to a length behind the image, or start from an empty cache."
+            )
+        self.prefix, self.base = self.prefix[:, :-excess], length

@@ -1,0 +1,320 @@
+"""Trains TinyVLM on SynthVQA, in three stages; resumes from its last checkpoint.
+
+1. ``encoder``: every patch of layer -2 predicts what lies under it (whose it is, which character, the how-manieth), and
+   [CLS] predicts the words and characters of its tile's caption, so that its attention goes to what a caption mentions.
+2. ``connect``: projector and LLM learn on the frozen encoder. All questions of an image stand in one sequence, every
+   other one with a caption; the loss is on the answers.
+3. ``vlm``: the same with fewer captions; the encoder learns along at a lower rate.
+
+Usage: ``python -m vlprune.evals.tinyvlm.train --out runs/tinyvlm``
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from vlprune.evals import synthvqa
+from vlprune.evals.synthvqa import SIZE, TILE, Scene
+from vlprune.evals.tinyvlm import build
+
+GRID = TILE // build.PATCH
+TILES = ((0, 0), (TILE, 0), (0, TILE), (TILE, TILE))
+OWNERS = ["nothing", *(f"{c} {k}" for c in synthvqa.COLOURS for k in (*synthvqa.SHAPES, "sign", "bar")), *(f"{k} field" for k in synthvqa.KEYS)]
+GLYPHS = [" ", *sorted(set(synthvqa.LETTERS + synthvqa.DIGITS))]
+IGNORE = -100
+VISUAL_TOKENS = 5 * GRID * GRID + SIZE // build.PATCH
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    steps: int
+    images: int
+    rate: float
+    encoder_rate: float
+    decay: bool = True
+    """Whether the rates fall along a cosine; a stage that another one continues keeps its peak."""
+
+
+STAGES = (
+    Stage("encoder", 2000, 24, rate=1e-3, encoder_rate=1e-3),
+    Stage("connect", 1500, 32, rate=1e-3, encoder_rate=0.0, decay=False),
+    Stage("vlm", 1800, 32, rate=1e-3, encoder_rate=1e-4),
+)
+
+
+def pixels(images: list[Image.Image]) -> Tensor:
+    """What the processor makes of 128 x 128 images: (images, 5, 3, 64, 64), the thumbnail first."""
+    small = np.stack([np.asarray(image.resize((TILE, TILE), Image.Resampling.BICUBIC)) for image in images])
+    full = np.stack([np.asarray(image) for image in images])
+    views = [small] + [full[:, y : y + TILE, x : x + TILE] for x, y in TILES]
+    stacked = torch.from_numpy(np.stack(views, 1)).permute(0, 1, 4, 2, 3)
+    return stacked.float().div_(127.5).sub_(1.0)
+
+
+# ------------------------------------------------------------------ stage 1: the encoder
+
+
+def patch_targets(scene: Scene) -> np.ndarray:
+    """(5, 64, 3) integers: owner, character and its place in the text, for every patch of every tile.
+
+    A patch belongs to what its centre lies in. Characters of the thumbnail are too small to read and count as nothing.
+    """
+    targets = np.zeros((5, GRID, GRID, 3), np.int64)
+    targets[0, ..., 1:] = IGNORE
+    for item in scene.items:
+        owner = OWNERS.index(item.phrase)
+        for tile, scale, origin in _views():
+            targets[(tile, *_patches(item.box, scale, origin), 0)] = owner
+            if tile == 0:
+                continue
+            for place, (char, box) in enumerate(zip(item.text, item.glyphs, strict=True)):
+                where = (tile, *_patches(box, scale, origin))
+                targets[(*where, 1)] = GLYPHS.index(char)
+                targets[(*where, 2)] = place + 1
+    return targets.reshape(5, GRID * GRID, 3)
+
+
+def _views() -> Iterator[tuple[int, float, tuple[int, int]]]:
+    yield 0, TILE / SIZE, (0, 0)
+    for tile, origin in enumerate(TILES, start=1):
+        yield tile, 1.0, origin
+
+
+def _patches(box: synthvqa.Box, scale: float, origin: tuple[int, int]) -> tuple[slice, slice]:
+    """Rows and columns of the patches whose centre lies in ``box``."""
+
+    def span(low: float, high: float, start: int) -> slice:
+        first, last = ((v - start) * scale / build.PATCH - 0.5 for v in (low, high))
+        return slice(min(max(math.ceil(first), 0), GRID), min(max(math.ceil(last), 0), GRID))
+
+    return span(box[1], box[3], origin[1]), span(box[0], box[2], origin[0])
+
+
+def caption_targets(scene: Scene) -> np.ndarray:
+    """(5, owners + characters) of 0 and 1: what the caption of each tile says; the thumbnail's names no characters."""
+    targets = np.zeros((5, len(OWNERS) + len(GLYPHS)), np.float32)
+    for item in scene.items:
+        for tile, (x, y) in enumerate(((0, 0), *TILES)):
+            side = SIZE if tile == 0 else TILE
+            if not (x <= item.centre[0] < x + side and y <= item.centre[1] < y + side):
+                continue
+            targets[tile, OWNERS.index(item.phrase)] = 1
+            for char in item.text if tile else "":
+                targets[tile, len(OWNERS) + GLYPHS.index(char)] = 1
+    return targets
+
+
+def count_targets(scene: Scene) -> list[int]:
+    return [min(sum(item.kind == kind for item in scene.items), 5) for kind in synthvqa.SHAPES]
+
+
+class EncoderHeads(nn.Module):
+    """Linear read-outs that exist during stage 1 only."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.patch = nn.Linear(width, len(OWNERS) + len(GLYPHS) + 5)
+        self.caption = nn.Linear(width, len(OWNERS) + len(GLYPHS))
+        self.count = nn.Linear(width, len(synthvqa.SHAPES) * 6)
+
+    def forward(self, tower: nn.Module, scenes: list[Scene]) -> tuple[Tensor, dict[str, float]]:
+        values = pixels([scene.draw() for scene in scenes])
+        out = tower(values.flatten(0, 1), output_hidden_states=True)
+        patches = out.hidden_states[-2][:, 1:]
+        targets = torch.from_numpy(np.stack([patch_targets(scene) for scene in scenes])).flatten(0, 1)
+        logits = self.patch(patches).float().split([len(OWNERS), len(GLYPHS), 5], dim=-1)
+        loss = torch.zeros(())
+        stats = {}
+        for name, index, part in zip(("owner", "glyph", "place"), range(3), logits, strict=True):
+            target = targets[..., index].flatten()
+            weight = torch.ones(part.shape[-1])
+            weight[0] = 0.2
+            loss = loss + F.cross_entropy(part.flatten(0, 1), target, weight, ignore_index=IGNORE)
+            there = target > 0
+            stats[name] = (part.flatten(0, 1).argmax(-1)[there] == target[there]).float().mean().item()
+        captions = torch.from_numpy(np.stack([caption_targets(scene) for scene in scenes])).flatten(0, 1)
+        loss = loss + 10 * F.binary_cross_entropy_with_logits(self.caption(out.pooler_output).float(), captions)
+        thumbnails = patches.unflatten(0, (len(scenes), 5))[:, 0].mean(1)
+        counts = torch.tensor([count_targets(scene) for scene in scenes])
+        predicted = self.count(thumbnails).float().unflatten(-1, (len(synthvqa.SHAPES), 6))
+        loss = loss + F.cross_entropy(predicted.flatten(0, 1), counts.flatten())
+        stats["count"] = (predicted.argmax(-1) == counts).float().mean().item()
+        return loss, stats
+
+
+# ------------------------------------------------------------------ stage 2: the whole model
+
+
+class Dialogues:
+    """Turns scenes into sequences: the image, then questions and answers in random order, labels on the answers."""
+
+    def __init__(self, longest: int = 144):
+        self.tokenizer = build.tokenizer()
+        self.longest = longest
+        self.bos, self.eos, self.image, self.pad = (build.SPECIAL.index(t) for t in ("<s>", "</s>", "<image>", "<pad>"))
+        self.newline = self.encode("\n")
+        self.known: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def sequence(self, scene: Scene, rng: random.Random, captions: float) -> tuple[list[int], list[int]]:
+        turns = [(q.text, q.answers[0]) for q in scene.questions]
+        rng.shuffle(turns)
+        if rng.random() < captions:
+            turns.insert(rng.randint(0, 2), ("Describe the image.", scene.caption()))
+        ids, labels = list(self.newline), [IGNORE] * len(self.newline)
+        for question, answer in turns:
+            if question not in self.known:
+                self.known[question] = self.encode(f"{question}\n")
+            asked, told = self.known[question], [*self.encode(answer), self.eos]
+            if len(ids) + len(asked) + len(told) > self.longest:
+                continue
+            ids += [*asked, *told, *self.newline]
+            labels += [IGNORE] * len(asked) + told + [IGNORE] * len(self.newline)
+        return ids, labels
+
+    def batch(self, scenes: list[Scene], rng: random.Random, captions: float) -> dict[str, Tensor]:
+        rows = [self.sequence(scene, rng, captions) for scene in scenes]
+        width = max(len(ids) for ids, _ in rows)
+        head = [self.bos] + [self.image] * VISUAL_TOKENS
+        ids = [head + ids + [self.pad] * (width - len(ids)) for ids, _ in rows]
+        labels = [[IGNORE] * len(head) + labels + [IGNORE] * (width - len(labels)) for _, labels in rows]
+        return {
+            "input_ids": torch.tensor(ids),
+            "labels": torch.tensor(labels),
+            "pixel_values": pixels([scene.draw() for scene in scenes]),
+            "image_sizes": torch.tensor([[SIZE, SIZE]] * len(scenes)),
+        }
+
+
+def answer_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+    """Cross-entropy of the answers' tokens. Right padding needs no mask under causal attention: nothing looks at it."""
+    labels = batch.pop("labels")
+    hidden = model.model(**batch, use_cache=False).last_hidden_state[:, :-1]
+    wanted = labels[:, 1:]
+    there = wanted != IGNORE
+    logits = model.lm_head(hidden[there]).float()
+    loss = F.cross_entropy(logits, wanted[there])
+    return loss, {"token accuracy": (logits.argmax(-1) == wanted[there]).float().mean().item()}
+
+
+# ------------------------------------------------------------------ the loop
+
+
+def rate_at(step: int, stage: Stage, warm: int = 100) -> float:
+    """Share of the peak rate: linear rise, then flat or a cosine fall to 2 %."""
+    if step < warm:
+        return (step + 1) / warm
+    if not stage.decay:
+        return 1.0
+    steps = stage.steps
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+class Trainer:
+    def __init__(self, out: Path, stages: Iterable[Stage], seed: int = 0, log_every: int = 25, save_every: int = 250):
+        self.out, self.stages, self.seed, self.log_every, self.save_every = out, list(stages), seed, log_every, save_every
+        out.mkdir(parents=True, exist_ok=True)
+        self.model = build.model(seed)
+        self.heads = EncoderHeads(self.model.config.vision_config.hidden_size)
+        self.dialogues = Dialogues()
+        self.seconds = 0.0
+
+    @property
+    def tower(self) -> nn.Module:
+        return self.model.model.vision_tower
+
+    def optimizer(self, stage: Stage) -> torch.optim.Optimizer:
+        encoder = [*self.tower.parameters()]
+        known = {id(p) for p in encoder}
+        rest = [p for p in self.model.parameters() if id(p) not in known]
+        groups = [{"params": encoder, "peak": stage.encoder_rate}]
+        groups.append({"params": [*self.heads.parameters()] if stage.name == "encoder" else rest, "peak": stage.rate})
+        return torch.optim.AdamW(groups, lr=stage.rate, betas=(0.9, 0.98), weight_decay=0.02)
+
+    def loss(self, stage: Stage, step: int) -> tuple[Tensor, dict[str, float]]:
+        first = [s.name for s in STAGES].index(stage.name) * 10_000_000 + step * stage.images
+        scenes = [synthvqa.scene("train", first + k) for k in range(stage.images)]
+        if stage.name == "encoder":
+            return self.heads(self.tower, scenes)
+        captions = 0.5 if stage.name == "connect" else 0.1
+        batch = self.dialogues.batch(scenes, random.Random(f"{self.seed}/{stage.name}/{step}"), captions)
+        return answer_loss(self.model, batch)
+
+    def run(self) -> None:
+        for number, stage in enumerate(self.stages):
+            if (self.out / f"{stage.name}.done").exists():
+                self.restore(stage, None)
+                continue
+            self.run_stage(stage)
+            self.save(stage, None, stage.steps)
+            (self.out / f"{stage.name}.done").touch()
+            print(f"stage {number + 1}/{len(self.stages)} ({stage.name}) done after {self.seconds / 60:.1f} minutes", flush=True)
+
+    def run_stage(self, stage: Stage) -> None:
+        optimizer = self.optimizer(stage)
+        first = self.restore(stage, optimizer)
+        for p in self.tower.parameters():
+            p.requires_grad_(stage.encoder_rate > 0)
+        for step in range(first, stage.steps):
+            start = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate_at(step, stage)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss, stats = self.loss(stage, step)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            for group in optimizer.param_groups:
+                nn.utils.clip_grad_norm_(group["params"], 1.0)
+            optimizer.step()
+            self.seconds += time.perf_counter() - start
+            if step % self.log_every == 0 or step == stage.steps - 1:
+                self.log(stage, step, loss.item(), stats)
+            if (step + 1) % self.save_every == 0:
+                self.save(stage, optimizer, step + 1)
+
+    def log(self, stage: Stage, step: int, loss: float, stats: dict[str, float]) -> None:
+        row = {"stage": stage.name, "step": step, "minutes": round(self.seconds / 60, 2), "loss": round(loss, 4)}
+        with (self.out / "curve.csv").open("a", newline="") as file:
+            csv.writer(file).writerow([*row.values(), json.dumps({k: round(v, 4) for k, v in stats.items()})])
+        print(" ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in {**row, **stats}.items()), flush=True)
+
+    def save(self, stage: Stage, optimizer: torch.optim.Optimizer | None, step: int) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "heads": self.heads.state_dict(),
+            "optimizer": optimizer.state_dict() if optimizer else None,
+            "step": step,
+            "seconds": self.seconds,
+        }
+        partial = self.out / f"{stage.name}.pt.part"
+        torch.save(state, partial)
+        os.replace(partial, self.out / f"{stage.name}.pt")
+
+    def restore(self, stage: Stage, optimizer: torch.optim.Optimizer | None) -> int:
+        path = self.out / f"{stage.name}.pt"
+        if not path.exists():
+            return 0
+        state = torch.load(path, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.heads.load_state_dict(state["heads"])
+        if optimizer and state["optimizer"]:
+            optimizer.load_state_dict(state["optimizer"])
+        self.seconds = state["seconds"]
+        return state["step"]

@@ -1,0 +1,166 @@
+"""The contract of a method, and the registry of methods."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, TypeVar, overload
+
+from torch import Tensor
+
+from vlprune import budget as budgets
+from vlprune.errors import OptionError, UnsupportedMethodError, VLPruneError
+from vlprune.image import ImageLayout, ImageTokens
+from vlprune.signals import Signal
+
+
+@dataclass(frozen=True, eq=False)
+class Merge:
+    """How rows are merged into kept ones.
+
+    ``target (N,)`` int64: which entry of ``Selection.keep`` a row adds to, -1 for none (a kept row names itself if it is
+    to take part). ``weight (N,)`` or None for equal weights. A kept row becomes the weighted mean of the rows that name it.
+    """
+
+    target: Tensor
+    weight: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """``keep (T,)`` int64, ascending: rows of the image's run of placeholders that enter the LLM."""
+
+    keep: Tensor
+    merge: Merge | None = None
+
+
+@dataclass(kw_only=True)
+class Method:
+    """A way to choose visual tokens: a dataclass whose fields are its knobs.
+
+    Subclasses implement ``select``; they may ask for signals with ``needs``. Class attributes describe the method:
+    ``stages`` says where it acts, ``adaptive`` that its count depends on the image's content, ``paper`` where it is from.
+    """
+
+    budget: budgets.Budget = 1.0
+    """Visual tokens per image that enter the LLM (int), or that fraction of them (float)."""
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    stages: ClassVar[tuple[str, ...]] = ("select",)
+    needs: ClassVar[tuple[Signal, ...]] = ()
+    adaptive: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        budgets.check(self.budget)
+
+    def count(self, total: int) -> int:
+        """How many of an image's ``total`` visual tokens are kept. Known before the pixels are seen."""
+        return budgets.tokens(self.budget, total)
+
+    def select(self, image: ImageTokens) -> Selection:
+        """Chooses ``image.count`` of one image's visual tokens."""
+        raise NotImplementedError(f"{type(self).__name__} has no select()")
+
+    def encoder_grid(self, layout: ImageLayout) -> tuple[int, int]:
+        """Patch rows and columns at which the vision encoder sees each tile; the layout's own grid unless overridden."""
+        return layout.grid
+
+    def to_dict(self) -> dict[str, Any]:
+        """The method's name and knobs, ready for JSON; :func:`from_dict` reads it back."""
+        return {"method": self.name, **dataclasses.asdict(self)}
+
+
+@dataclass(kw_only=True)
+class ScoreMethod(Method):
+    """A method that scores every visual token and keeps the best ones."""
+
+    def score(self, image: ImageTokens) -> Tensor:
+        """Scores ``(N,)`` of the image's run of placeholders; higher is better."""
+        raise NotImplementedError(f"{type(self).__name__} has no score()")
+
+    def select(self, image: ImageTokens) -> Selection:
+        from vlprune.image import top
+
+        return Selection(top(self.score(image), image.count).sort().values)
+
+
+# ------------------------------------------------------------------ registry
+
+_methods: dict[str, type[Method]] = {}
+_found_entry_points = False
+M = TypeVar("M", bound=type[Method])
+
+
+@overload
+def register(name: str) -> Callable[[M], M]: ...
+@overload
+def register(name: M) -> M: ...
+def register(name: Any) -> Any:
+    """Class decorator that makes a method known: ``@register("name")``, or ``@register`` for the lower-cased class name."""
+    if isinstance(name, type):
+        return _add(name.__name__.lower(), name)
+    return lambda cls: _add(name, cls)
+
+
+def _add(name: str, cls: type[Method]) -> type[Method]:
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise VLPruneError(f"{cls!r} is not a subclass of vlprune.Method, so it cannot be registered as a method")
+    if not re.fullmatch(r"[a-z][a-z0-9_+-]*", name):
+        raise VLPruneError(f"method name {name!r}: allowed are lower-case letters, digits, '_', '+' and '-', a letter first")
+    known = _methods.get(name)
+    if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise VLPruneError(f"the method name {name!r} is taken by {known.__module__}.{known.__qualname__}; choose another one")
+    cls.name = name
+    _methods[name] = cls
+    return cls
+
+
+def methods() -> dict[str, type[Method]]:
+    """All registered methods by name, those of installed packages (entry point group ``vlprune.methods``) included."""
+    global _found_entry_points
+    import vlprune.methods  # noqa: F401  (registers the built-in ones)
+
+    if not _found_entry_points:
+        _found_entry_points = True
+        for entry in entry_points(group="vlprune.methods"):
+            loaded = entry.load()
+            if isinstance(loaded, type) and not loaded.__dict__.get("name"):
+                _add(entry.name, loaded)
+    return dict(sorted(_methods.items()))
+
+
+def make(method: str | Method | type[Method], **options: Any) -> Method:
+    """A method from its name or class and options; an object is taken as it is, with ``options`` changed in a copy."""
+    if isinstance(method, str):
+        known = methods()
+        if method not in known:
+            near = difflib.get_close_matches(method.lower(), known, n=1, cutoff=0.4)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise UnsupportedMethodError(f"unknown method {method!r}{meant} Known methods: {', '.join(known)}")
+        method = known[method]
+    if not isinstance(method, Method) and not (isinstance(method, type) and issubclass(method, Method)):
+        raise UnsupportedMethodError(f"method={method!r}: allowed is a method's name, a vlprune.Method class or an object of one")
+    _check_options(method if isinstance(method, type) else type(method), options)
+    if isinstance(method, Method):
+        return dataclasses.replace(method, **options) if options else method
+    return method(**options)
+
+
+def from_dict(data: dict[str, Any]) -> Method:
+    """The inverse of :meth:`Method.to_dict`."""
+    options = dict(data)
+    return make(options.pop("method"), **options)
+
+
+def _check_options(cls: type[Method], options: dict[str, Any]) -> None:
+    allowed: Sequence[str] = [f.name for f in dataclasses.fields(cls)]
+    for option in options:
+        if option not in allowed:
+            near = difflib.get_close_matches(option, allowed, n=1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise OptionError(f"{cls.name or cls.__name__} has no option {option!r}{meant} Its options: {', '.join(allowed)}")

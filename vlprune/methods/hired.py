@@ -1,0 +1,96 @@
+"""HiRED: [CLS] attention divides a budget among tiles and picks the tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from vlprune.errors import OptionError
+from vlprune.image import ImageLayout, ImageTokens, top
+from vlprune.method import Method, Selection, register
+from vlprune.methods.grids import with_separators
+from vlprune.signals import ClsAttention
+
+EARLY, LATE = ClsAttention(layer=0), ClsAttention(layer=-2)
+
+
+@register("hired")
+@dataclass(kw_only=True)
+class HiRED(Method):
+    """High-Resolution Early Dropping: [CLS] attention divides a fixed budget among tiles and picks the tokens of each.
+
+    Of ``T`` tokens the thumbnail gets ``min(int(alpha T), its patches)``, the crops share the rest in proportion to how
+    much attention [CLS] pays, in an early layer of the thumbnail, to the part that they show. Each tile keeps the tokens
+    with the most [CLS] attention in the late layer that feeds the projector. Attention is summed over heads. An image of
+    one tile (LLaVA-1.5) keeps its ``T`` best tokens.
+
+    ``alpha``: the thumbnail's share of the budget, in [0, 1].
+    ``allocation``: ``"counts"`` is the official code's rule and what the published numbers came from: a crop is worth how
+    many of the thumbnail's ``int((1 - alpha) N)`` most attended patches lie in its share of the raster order (bands of
+    rows, also for 2 x 2 crops). ``"sums"`` is the paper's: the attention within the region that the crop shows.
+
+    Deviations from the official code: the budget is met exactly (it loses what rounding leaves over and what lies in the
+    padding), kept tokens keep their positions, images of one tile are pruned under LLaVA-NeXT too, each sample of a batch
+    has its own choice, scores are float32. Row ends are dropped, as there, unless the budget exceeds the patches.
+    """
+
+    paper: ClassVar[str] = "Arif et al., HiRED, AAAI 2025, arXiv:2408.10945"
+    needs = (EARLY, LATE)
+
+    budget: int | float = 0.2
+    alpha: float = 0.5
+    allocation: Literal["counts", "sums"] = "counts"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.alpha <= 1.0:
+            raise OptionError(f"alpha={self.alpha!r}: allowed is a share of the budget from 0 to 1")
+        if self.allocation not in ("counts", "sums"):
+            raise OptionError(f"allocation={self.allocation!r}: allowed are 'counts' and 'sums'")
+
+    def select(self, image: ImageTokens) -> Selection:
+        layout = image.layout
+        scores = image[LATE].sum(1)
+        places = image.host(layout.placeholder)
+        ranks = _ranks(scores.masked_fill(places < 0, -torch.inf))
+        count = min(image.count, sum(layout.available))
+        if layout.tiles == 1:
+            quotas = [float(count)]
+        else:
+            thumbnail = min(int(count * self.alpha), layout.available[0])
+            thumbnail = max(thumbnail, count - sum(layout.available[1:]))
+            shares = self._shares(image[EARLY][0].sum(0), layout)
+            quotas = torch.cat([shares.new_tensor([thumbnail]), shares * (count - thumbnail)])
+        # The seat of rank r in a tile of quota q is worth q - (r + 1): the best seats are each tile's whole part, then the
+        # largest remainders, and no seat lies outside of its tile.
+        worth = torch.as_tensor(quotas, device=image.device)[:, None] - (ranks + 1)
+        if layout.tiles > 1:
+            worth[0] = torch.where(ranks[0] < thumbnail, torch.inf, -1e9)
+        worth = worth.masked_fill(places < 0, -torch.inf)
+        keep = places.flatten()[top(worth.flatten(), count)]
+        return Selection(with_separators(keep, image))
+
+    def _shares(self, attention: Tensor, layout: ImageLayout) -> Tensor:
+        """Each crop's share ``(crops,)`` of their common budget, from the thumbnail's early [CLS] attention ``(N,)``."""
+        rows, columns = layout.grid
+        crops = layout.tiles - 1
+        patch = torch.arange(rows * columns, device=attention.device)
+        if self.allocation == "counts":
+            weights = torch.zeros_like(attention)
+            weights[top(attention, int(attention.shape[0] * (1 - self.alpha)))] = 1.0
+            crop = patch * crops // attention.shape[0]
+        else:
+            weights = attention
+            crop = (patch // columns * layout.crops[0] // rows) * layout.crops[1] + patch % columns * layout.crops[1] // columns
+        sums = torch.zeros(crops, device=attention.device).index_add(0, crop, weights)
+        total = sums.sum()
+        return torch.where(total > 0, sums / total.clamp(min=1e-30), 1.0 / crops)
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """Place of every patch in its tile's order, best first: ``(tiles, N)``."""
+    order = top(scores, scores.shape[1])
+    return torch.empty_like(order).scatter_(1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order))
