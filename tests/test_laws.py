@@ -1,0 +1,150 @@
+"""The laws of the library as matrices over all methods, models, attention implementations, batches and caches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import vlprune
+from tests import zoo
+from tests.reference import hidden_positions, masked
+
+COMBINATIONS = zoo.combinations()
+
+
+def image_arguments(inputs: dict[str, Any]) -> dict[str, Any]:
+    arguments = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+    if zoo.VERSION < (5, 0):
+        arguments.update(vision_feature_layer=-2, vision_feature_select_strategy="default")
+    return arguments
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("scenario", zoo.SCENARIOS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("family", "method", "options"), COMBINATIONS)
+def test_law_1_dropping_equals_masking(family, method, options, attention, scenario, cache):
+    """Logits of every step within 1e-4 in float32, and the same greedy tokens."""
+    model = zoo.build(family, attention)
+    if family == "llava_siglip":
+        model.config.vision_feature_select_strategy = "full"
+    inputs = zoo.prompt(family, **zoo.SCENARIOS[scenario])
+    extra = {"cache_implementation": "static"} if cache == "static" else {}
+    with vlprune.applied(model, method, budget=0.4, **options):
+        pruned = zoo.generate(model, inputs, **extra)
+        report = vlprune.report(model)
+        arguments = image_arguments(inputs)
+        if zoo.VERSION < (5, 0):
+            arguments["vision_feature_select_strategy"] = model.config.vision_feature_select_strategy
+        features = model.model.get_image_features(**arguments)
+    hidden = hidden_positions(inputs, report)
+    assert hidden.any()
+    with masked(model, inputs, hidden, features):
+        expected = zoo.generate(model, inputs, **extra)
+    assert torch.equal(pruned.sequences, expected.sequences)
+    torch.testing.assert_close(pruned.raw, expected.raw, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("family", "method", "options"), COMBINATIONS)
+def test_law_1_in_a_plain_forward(family, method, options, attention, side):
+    """Logits of every token that is neither padding nor dropped, under both paddings."""
+    model = zoo.build(family, attention)
+    inputs = zoo.prompt(family, **zoo.SCENARIOS["batch"], side=side)
+    with vlprune.applied(model, method, budget=0.3, **options), torch.no_grad():
+        pruned = model(**inputs).logits
+        report = vlprune.report(model)
+        arguments = image_arguments(inputs)
+        if zoo.VERSION < (5, 0):
+            arguments["vision_feature_select_strategy"] = model.config.vision_feature_select_strategy
+        features = model.model.get_image_features(**arguments)
+    hidden = hidden_positions(inputs, report)
+    with masked(model, inputs, hidden, features), torch.no_grad():
+        expected = model(**inputs).logits
+    seen = inputs["attention_mask"].bool() & ~hidden
+    assert pruned.shape == expected.shape
+    torch.testing.assert_close(pruned[seen], expected[seen], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("scenario", zoo.SCENARIOS)
+@pytest.mark.parametrize(("family", "method", "options"), COMBINATIONS)
+def test_law_2_nothing_to_do_is_exactly_nothing(family, method, options, scenario):
+    """Budget 1.0, a prompt of text alone, and after remove(): bit-identical."""
+    model = zoo.build(family)
+    inputs = zoo.prompt(family, **zoo.SCENARIOS[scenario])
+    text = zoo.prompt(family, images=(0, 0), words=(7, 4))
+    expected, expected_text = zoo.generate(model, inputs), zoo.generate(model, text)
+    with vlprune.applied(model, method, **{**options, "budget": 1.0}):
+        assert torch.equal(zoo.generate(model, inputs).raw, expected.raw)
+    with vlprune.applied(model, method, **{**options, "budget": 0.2}):
+        zoo.generate(model, inputs)
+        assert torch.equal(zoo.generate(model, text).raw, expected_text.raw)
+    assert torch.equal(zoo.generate(model, inputs).raw, expected.raw)
+
+
+def snapshot(model: Any) -> list[Any]:
+    """Everything that a patch could leave behind: attributes, classes and hooks of all modules, transformers' registries."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    state: list[Any] = []
+    for name, module in model.named_modules():
+        plain = {k: id(v) for k, v in module.__dict__.items() if not isinstance(v, dict)}
+        hooks = {k: dict(v) for k, v in module.__dict__.items() if "hooks" in k and isinstance(v, dict)}
+        state.append((name, type(module), plain, hooks, sorted(module._modules)))
+    for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+        state.append((dict(registry._global_mapping), dict(registry._local_mapping)))
+    state.append(vars(torch.nn.modules.module)["_global_forward_hooks"].copy())
+    state.append({cls: set(vars(cls)) for cls in {type(m) for m in model.modules()}})
+    state.append(model.config.to_dict())
+    return state
+
+
+@pytest.mark.parametrize(("family", "method", "options"), COMBINATIONS)
+def test_law_2_nothing_is_left_behind(family, method, options):
+    model = zoo.build(family)
+    inputs = zoo.prompt(family)
+    zoo.generate(model, inputs)
+    before = snapshot(model)
+    vlprune.apply(model, method, budget=0.3, **options)
+    assert snapshot(model) != before
+    zoo.generate(model, inputs)
+    vlprune.remove(model)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(("family", "method", "options"), COMBINATIONS)
+@pytest.mark.parametrize("budget", [0.05, 0.37, 0.9, 1, 7, 10_000])
+def test_law_4_budgets_are_met_exactly_and_known_before(family, method, options, budget):
+    model = zoo.build(family)
+    inputs = zoo.prompt(family, **zoo.SCENARIOS["batch"])
+    made = vlprune.methods()[method](budget=budget, **options)
+    with vlprune.applied(model, made), torch.no_grad():
+        model(**inputs)
+        images = vlprune.report(model).images
+    assert len(images) == 3
+    for image in images:
+        assert len(image.kept) == made.count(image.total)
+        assert image.kept == sorted(set(image.kept))
+        assert 0 <= image.kept[0] and image.kept[-1] < image.total
+
+
+@pytest.mark.parametrize(("family", "method", "options"), COMBINATIONS)
+def test_batch_of_n_equals_n_batches_of_one(family, method, options):
+    model = zoo.build(family, dtype=torch.float64)
+    prompts = [zoo.prompt(family, images=(1,), words=(n,), seed=n, dtype=torch.float64) for n in (4, 7, 5)]
+    longest = max(p["input_ids"].shape[1] for p in prompts)
+    pad = lambda t: torch.nn.functional.pad(t, (longest - t.shape[1], 0), value=zoo.PAD)  # noqa: E731
+    batch = {name: torch.cat([pad(p[name]) for p in prompts]) for name in ("input_ids", "attention_mask")}
+    for name in prompts[0].keys() - batch.keys():
+        batch[name] = torch.cat([p[name] for p in prompts])
+    with vlprune.applied(model, method, budget=9, **options):
+        together = zoo.generate(model, batch)
+        kept = [image.kept for image in vlprune.report(model).images]
+        for i, single in enumerate(prompts):
+            alone = zoo.generate(model, single)
+            assert vlprune.report(model).images[0].kept == kept[i]
+            torch.testing.assert_close(together.raw[i], alone.raw[0], atol=1e-9, rtol=0)
