@@ -1,0 +1,224 @@
+"""Golden cases for what official metrics do and what popular shortcuts get wrong."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vlprune.evals import metrics
+from vlprune.evals.metrics import METRIC_OF_KIND, POPE_F1, RELAXED_ACCURACY, estimate, normalise_vqa
+
+# ------------------------------------------------------------------ VQA accuracy
+
+
+@pytest.mark.parametrize(("agreeing", "score"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
+@pytest.mark.parametrize("official", [False, True])
+def test_vqa_accuracy_leaves_each_person_out_once(agreeing: int, score: float, official: bool):
+    answers = ["cat"] * agreeing + [f"dog{i}" for i in range(10 - agreeing)]
+    assert metrics.vqa_accuracy("cat", answers, official) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("raw", "normal"),
+    [
+        ("The Cat\n", "cat"),
+        ("two dogs", "2 dogs"),
+        ("none", "0"),
+        ("dont", "don't"),
+        ("couldntve", "couldntve"),
+        ("couldn'tve", "couldn't've"),
+        ("somebody'd", "somebodyd"),
+        ("Ive", "ive"),
+        ("john's", "john 's"),
+        ("1,000", "1000"),
+        ("e-mail", "e mail"),
+        ("stop - now", "stop now"),
+        ("a-b 1 - 2", "ab 1 2"),
+        ("3.", "3"),
+        ("3.5", "3.5"),
+        ("u.s.a", "usa"),
+        ("." * 40 + "x", "." * 8 + "x"),
+        ("what?", "what"),
+        ("a/c", "c"),
+    ],
+)
+def test_normalisation(raw: str, normal: str):
+    assert normalise_vqa(raw) == normal
+
+
+@pytest.mark.parametrize(
+    ("raw", "normal"),
+    [
+        ("john's", "john's"),
+        ("1,000", "1000"),
+        ("red,green", "red green"),
+        ("red, green", "red green"),
+        ("5-6 1,000", "56 1000"),
+    ],
+)
+def test_official_normalisation_does_not_split_words(raw: str, normal: str):
+    assert normalise_vqa(raw, official=True) == normal
+
+
+def test_comma_without_space_separates_words_only_officially():
+    assert normalise_vqa("red,green") == "redgreen"
+    assert normalise_vqa("red,green", official=True) == "red green"
+
+
+def test_contractions_table():
+    assert len(metrics.CONTRACTIONS) == 114
+    assert metrics.CONTRACTIONS["yall'd've"] == metrics.CONTRACTIONS["y'alld've"] == "y'all'd've"
+    assert metrics.CONTRACTIONS["'ows'at"] == "'ow's'at"
+
+
+def test_equal_answers_are_compared_raw_officially():
+    assert metrics.vqa_accuracy("Yes", ["yes"] * 10, official=True) == 0.0
+    assert metrics.vqa_accuracy("Yes", ["yes"] * 9 + ["no"], official=True) == pytest.approx(1.0)
+    assert metrics.vqa_accuracy("Yes", ["yes"] * 10) == 1.0
+
+
+# ------------------------------------------------------------------ ANLS
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "score"),
+    [
+        ("hello", ["hello"], 1.0),
+        ("HELLO ", ["hello"], 1.0),
+        ("hallo", ["hello"], 0.8),
+        ("ab", ["abcd"], 0.5),
+        ("a", ["abc"], 0.0),
+        ("", [""], 1.0),
+        ("", ["abc"], 0.0),
+        ("b", ["abcd", "b"], 1.0),
+        ("ab   d", ["ab c"], 1 - 1 / 6),
+        ("ss", ["ß"], 0.0),
+    ],
+)
+def test_anls(prediction: str, answers: list[str], score: float):
+    assert metrics.anls(prediction, answers) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "distance"), [("kitten", "sitting", 3), ("", "abc", 3), ("flaw", "lawn", 2), ("same", "same", 0)]
+)
+def test_edit_distance(first: str, second: str, distance: int):
+    assert metrics.edit_distance(first, second) == metrics.edit_distance(second, first) == distance
+
+
+# ------------------------------------------------------------------ relaxed accuracy, exact match
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "right"),
+    [
+        ("105", "100", True),
+        ("106", "100", False),
+        ("95", "100", True),
+        ("-100", "100", False),
+        ("10%", "0.1", True),
+        ("10%", "10", False),
+        ("1,234", "1234", False),
+        ("1,234", "1,234", True),
+        ("0.0", "0", False),
+        ("0", "0", True),
+        ("0.001", "0", False),
+        ("Red", "red", True),
+        ("red ", "red", False),
+        ("red", "5", False),
+    ],
+)
+def test_relaxed_accuracy(prediction: str, answer: str, right: bool):
+    assert metrics.relaxed_accuracy(prediction, [answer]) == right
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "usual", "official"),
+    [
+        ("Red.", "red", True, True),
+        ("red!", "red", True, False),
+        ("t-shirt", "tshirt", True, False),
+        ("the red", "red", False, False),
+        ("two", "2", False, False),
+        (".red", "red", True, False),
+    ],
+)
+def test_exact_match(prediction: str, answer: str, usual: bool, official: bool):
+    assert metrics.exact_match(prediction, [answer]) == usual
+    assert metrics.exact_match(prediction, [answer], official=True) == official
+
+
+# ------------------------------------------------------------------ POPE
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("yes", "yes"),
+        ("no", "no"),
+        ("No, there is not", "no"),
+        ("There is not a dog", "no"),
+        ("NO", "yes"),
+        ("Not here", "yes"),
+        ("no\n", "yes"),
+        ("Yes. No dog", "yes"),
+        ("nothing", "yes"),
+        ("", "yes"),
+        ("maybe", "yes"),
+    ],
+)
+def test_pope_parsing(text: str, answer: str):
+    assert metrics.pope_answer(text) == answer
+
+
+def test_pope_scores():
+    scores = metrics.pope(["yes", "yes", "no", "no", "yes"], ["yes", "no", "yes", "no", "yes"])
+    assert scores == pytest.approx(dict(accuracy=0.6, precision=2 / 3, recall=2 / 3, f1=2 / 3, yes_ratio=0.6))
+
+
+def test_pope_without_positives():
+    assert metrics.pope(["no"], ["no"]) == dict(accuracy=1.0, precision=0.0, recall=0.0, f1=0.0, yes_ratio=0.0)
+
+
+def test_f1_is_not_a_mean_of_samples():
+    predictions, answers = ["yes", "no", "yes"], [("yes",), ("no",), ("no",)]
+    counts = POPE_F1.contributions(predictions, answers)
+    assert float(POPE_F1.aggregate(counts.sum(0), len(counts))) == pytest.approx(2 / 3)
+    assert np.mean([POPE_F1.sample(p, a) for p, a in zip(predictions, answers, strict=True)]) == pytest.approx(2 / 3)
+    assert float(POPE_F1.aggregate(counts[:2].sum(0), 2)) == 1.0
+    assert float(POPE_F1.aggregate(counts[1:].sum(0), 2)) == 0.0
+
+
+def test_a_sample_without_prediction_is_wrong():
+    for metric in METRIC_OF_KIND.values():
+        assert metric.sample(None, ("yes",) * 10) == 0.0
+    assert POPE_F1.contributions([None, None], [("yes",), ("no",)]).tolist() == [[0, 0, 1, 0], [0, 1, 0, 0]]
+
+
+# ------------------------------------------------------------------ intervals
+
+
+def test_interval_holds_the_normal_one_for_a_mean():
+    counts = (np.arange(400) % 4 == 0).astype(float)[:, None]
+    got = estimate([(RELAXED_ACCURACY, counts)])
+    margin = 1.96 * np.sqrt(0.25 * 0.75 / 400)
+    assert got.value == 0.25
+    assert (got.low, got.high) == pytest.approx((0.25 - margin, 0.25 + margin), abs=0.006)
+
+
+def test_interval_of_f1_holds_its_value_and_is_seeded():
+    rng = np.random.default_rng(1)
+    labels = [("yes",) if flip else ("no",) for flip in rng.random(200) < 0.5]
+    predictions = [a[0] if rng.random() < 0.8 else "yes" for a in labels]
+    group = [(POPE_F1, POPE_F1.contributions(predictions, labels))]
+    got = estimate(group)
+    assert got.low < got.value < got.high
+    assert got.value == pytest.approx(metrics.pope(predictions, [a[0] for a in labels])["f1"])
+    assert estimate(group) == got
+    assert estimate(group, seed=1) != got
+
+
+def test_mean_over_groups_weighs_groups_equally():
+    right, wrong = np.ones((10, 1)), np.zeros((90, 1))
+    got = estimate([(RELAXED_ACCURACY, right), (RELAXED_ACCURACY, wrong)])
+    assert (got.value, got.low, got.high) == (0.5, 0.5, 0.5)
