@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from tests.zoo import IMAGE
 import vlprune
+from tests.zoo import IMAGE
 
 
 def hidden_positions(inputs: dict[str, Tensor], report: vlprune.Report) -> Tensor:
     """Which tokens of the prompt the report's choice dropped: ``(B, L)`` bool."""
     visual = inputs["input_ids"] == IMAGE
-    flat = torch.cat([_dropped(image) for image in report.images]) if report.images else torch.zeros(0, dtype=torch.bool)
+    # Before transformers 5.18 the encoder sees every image once a beam.
+    copies = max(1, sum(image.total for image in report.images) // max(1, int(visual.sum())))
+    images = report.images[::copies]
+    flat = torch.cat([_dropped(image) for image in images]) if images else torch.zeros(0, dtype=torch.bool)
     return torch.zeros_like(visual).masked_scatter(visual, flat)
 
 
@@ -45,6 +48,16 @@ def masked(model: Any, inputs: dict[str, Tensor], hidden: Tensor, features: Any 
         base.__dict__.pop("get_image_features", None)
         for handle in handles:
             handle.remove()
+
+
+def pruned_and_masked(model: Any, inputs: dict[str, Tensor], run: Callable[[], T], **options: Any) -> tuple[T, T]:
+    """What ``run()`` gives on the pruned ``model``, and on the unpruned one with the dropped tokens of ``inputs`` masked."""
+    with vlprune.applied(model, **{"method": "hired", "budget": 0.4, **options}):
+        pruned = run()
+        hidden = hidden_positions(inputs, vlprune.report(model))
+    assert hidden.any()
+    with masked(model, inputs, hidden):
+        return pruned, run()
 
 
 class _Given:

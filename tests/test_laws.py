@@ -129,7 +129,8 @@ def test_law_4_budgets_are_met_exactly_and_known_before(family, method, options,
     for image in images:
         assert len(image.kept) == made.count(image.total)
         assert image.kept == sorted(set(image.kept))
-        assert 0 <= image.kept[0] and image.kept[-1] < image.total
+        assert image.kept[0] >= 0
+        assert image.kept[-1] < image.total
 
 
 @pytest.mark.parametrize(("family", "method", "options"), COMBINATIONS)

@@ -24,21 +24,26 @@ import vlprune
 
 IMAGE, PAD = 90, 0
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-TEXT: dict[str, Any] = dict(
-    vocab_size=100,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=1024,
-    pad_token_id=PAD,
-    bos_token_id=1,
-    eos_token_id=None,
-)
-VISION: dict[str, Any] = dict(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, image_size=28, patch_size=7
-)
+TEXT: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 7,
+}
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
 SIZES = [(28, 56), (56, 56), (50, 28), (30, 84)]
 """Image sizes (height, width) that prompts take in turn: with and without padding, several tile grids."""
@@ -58,13 +63,13 @@ def llava_next() -> LlavaNextConfig:
 
 
 def _shared() -> dict[str, Any]:
-    return dict(
-        text_config=LlamaConfig(**TEXT),
-        image_token_index=IMAGE,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        pad_token_id=PAD,
-    )
+    return {
+        "text_config": LlamaConfig(**TEXT),
+        "image_token_index": IMAGE,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "pad_token_id": PAD,
+    }
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ def prompt(
     dtype: torch.dtype = torch.float32,
     side: str = "left",
 ) -> dict[str, Tensor]:
-    """Inputs of ``len(images)`` samples: ``images[i]`` images and ``words[i]`` trailing words in sample i, padded on ``side``."""
+    """Inputs of ``len(images)`` samples: sample i has ``images[i]`` images and ``words[i]`` trailing words."""
     generator = torch.Generator().manual_seed(seed)
     sizes: list[tuple[int, int]] = []
     rows = []
@@ -158,7 +163,7 @@ def visual_tokens(family: str, size: tuple[int, int]) -> int:
     if not FAMILIES[family].tiled:
         return 16
     model = _unpruned(family)
-    arguments: dict[str, Any] = dict(pixel_values=torch.zeros(1, 5, 3, 28, 28), image_sizes=torch.tensor([size]))
+    arguments: dict[str, Any] = {"pixel_values": torch.zeros(1, 5, 3, 28, 28), "image_sizes": torch.tensor([size])}
     if VERSION < (5, 0):
         arguments.update(vision_feature_layer=-2, vision_feature_select_strategy="default")
     features = model.model.get_image_features(**arguments)
@@ -170,8 +175,8 @@ def _words(count: int, generator: torch.Generator) -> list[int]:
 
 
 SCENARIOS: dict[str, dict[str, Any]] = {
-    "single": dict(images=(1,), words=(7,)),
-    "batch": dict(images=(1, 2, 0), words=(7, 4, 9)),
+    "single": {"images": (1,), "words": (7,)},
+    "batch": {"images": (1, 2, 0), "words": (7, 4, 9)},
 }
 """``batch``: left padding, a different number of visual tokens in each sample, one sample without an image."""
 

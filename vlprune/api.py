@@ -14,8 +14,8 @@ from vlprune.errors import NotAppliedError
 from vlprune.method import Method, make
 from vlprune.report import Report
 
-DEFAULT = {"method": "hired", "budget": 0.4}
-"""What ``apply(model)`` does: see docs/results for the measurement behind it."""
+DEFAULT_METHOD, DEFAULT_BUDGET = "hired", 0.4
+"""What ``apply(model)`` does."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,8 +33,7 @@ def apply(model: Model, method: str | Method | type[Method] | None = None, **opt
         UnsupportedModelError, UnsupportedMethodError, OptionError, BudgetError: the model is then as it was before.
     """
     if method is None:
-        method = DEFAULT["method"]
-        options = {"budget": DEFAULT["budget"], **options}
+        method, options = DEFAULT_METHOD, {"budget": DEFAULT_BUDGET, **options}
     inner = _unwrapped(model)
     family = _family(inner)
     Patch(inner, family, make(method, **options)).install()

@@ -17,12 +17,10 @@ def check(budget: object) -> Budget:
     """Returns ``budget``, or raises :class:`BudgetError`."""
     if isinstance(budget, bool) or not isinstance(budget, (int, float)):
         raise BudgetError(f"budget={budget!r} is of type {type(budget).__name__}; allowed is {ALLOWED}")
-    if isinstance(budget, int):
-        valid = budget >= 1
-    else:
-        valid = math.isfinite(budget) and 0.0 < budget <= 1.0
+    valid = budget >= 1 if isinstance(budget, int) else 0.0 < budget <= 1.0
     if not valid:
-        hint = f"; for {int(budget)} tokens write budget={int(budget)}" if isinstance(budget, float) and 1 < budget < 1e6 else ""
+        meant_count = isinstance(budget, float) and 1 < budget < 1e6
+        hint = f"; for {int(budget)} tokens write budget={int(budget)}" if meant_count else ""
         raise BudgetError(f"budget={budget!r} is out of range; allowed is {ALLOWED}{hint}")
     return budget
 

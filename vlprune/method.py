@@ -144,7 +144,7 @@ def make(method: str | Method | type[Method], **options: Any) -> Method:
             raise UnsupportedMethodError(f"unknown method {method!r}{meant} Known methods: {', '.join(known)}")
         method = known[method]
     if not isinstance(method, Method) and not (isinstance(method, type) and issubclass(method, Method)):
-        raise UnsupportedMethodError(f"method={method!r}: allowed is a method's name, a vlprune.Method class or an object of one")
+        raise UnsupportedMethodError(f"method={method!r}: allowed are a method's name, a Method class, an object of one")
     _check_options(method if isinstance(method, type) else type(method), options)
     if isinstance(method, Method):
         return dataclasses.replace(method, **options) if options else method

@@ -93,7 +93,7 @@ def adopt(cache: Any, rows: RowMap) -> None:
     if not isinstance(cache, PrunedCache):
         cache.__class__ = _PRUNED[type(cache)]
     if is_static(cache):
-        rows.fix(cache.layers[0].max_cache_len)
+        rows.fix(slots(cache))
     cache.row_map = rows
 
 
@@ -104,4 +104,10 @@ def release(cache: Any) -> None:
 
 
 def is_static(cache: Any) -> bool:
+    """Whether the cache has a constant size."""
     return isinstance(cache, cache_utils.StaticCache)
+
+
+def slots(cache: Any) -> int:
+    """Entries that a static cache has room for."""
+    return cache.layers[0].max_cache_len

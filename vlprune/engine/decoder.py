@@ -56,7 +56,7 @@ class Forward:
     @property
     def slots(self) -> int | None:
         """Size of a static cache, None for one that grows."""
-        return self.cache.layers[0].max_cache_len if self.cache is not None and caches.is_static(self.cache) else None
+        return caches.slots(self.cache) if self.cache is not None and caches.is_static(self.cache) else None
 
     def once(self, name: str, make: Any) -> Any:
         """All layers share what the first one computed."""
@@ -110,7 +110,7 @@ class DecoderHooks:
 
     # ------------------------------------------------------------------ text model
 
-    def enter_text(self, text: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def enter_text(self, text: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         self.forward = None
         embeddings = kwargs.get("inputs_embeds")
         if embeddings is None:
@@ -130,7 +130,8 @@ class DecoderHooks:
         past = self._past(cache, kwargs, chosen)
         rows, row_map = None, old
         if pruning:
-            assert chosen is not None and visual is not None
+            assert chosen is not None
+            assert visual is not None
             rows, filler = self._rows(chosen, visual, kwargs.get("attention_mask"), past)
             head = old or RowMap.identity(batch, past, embeddings.device)
             row_map = head.extended(rows, past, length, filler)

@@ -15,7 +15,7 @@ import numpy as np
 
 # ------------------------------------------------------------------ VQA accuracy
 
-CONTRACTED = """
+_CONTRACTED = """
     'ow's'at 'twas ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
     he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've
     o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
@@ -23,7 +23,7 @@ CONTRACTED = """
     they'd they'd've they'll they're they've wasn't we'd've we've weren't what'll what're what's what've when's where'd
     where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all
     y'all'd've y'all'll you'd you'd've you'll you're you've
-""".split()
+"""
 
 
 def _contractions() -> dict[str, str]:
@@ -33,7 +33,7 @@ def _contractions() -> dict[str, str]:
     never apply.
     """
     table = {"somebody'd": "somebodyd"}
-    for word in CONTRACTED:
+    for word in _CONTRACTED.split():
         for place in (i for i, char in enumerate(word) if char == "'"):
             table[word[:place] + word[place + 1 :]] = word
     return table
@@ -41,9 +41,8 @@ def _contractions() -> dict[str, str]:
 
 CONTRACTIONS = _contractions()
 ARTICLES = frozenset(("a", "an", "the"))
-NUMBERS = {"none": "0"} | {
-    word: str(value) for value, word in enumerate("zero one two three four five six seven eight nine ten".split())
-}
+_DIGITS = "zero one two three four five six seven eight nine ten"
+NUMBERS = {"none": "0"} | {word: str(value) for value, word in enumerate(_DIGITS.split())}
 VQA_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 PERIOD_LIMIT = 32
 """At most so many periods go: the official code passes ``re.UNICODE`` (32) where ``re.sub`` takes a count."""

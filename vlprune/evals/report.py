@@ -33,6 +33,7 @@ def summarise(rows: Iterable[Row]) -> list[Summary]:
     - ``tokens``: visual tokens of an image that enter the LLM, of ``visual_tokens`` that it has; means over samples.
     - ``prefill_ms``: from the call of ``generate`` to the end of the first forward, vision encoder and selection included,
       divided by the batch size; median over batches. ``speedup``: unpruned by pruned time of the same batch; median.
+    - ``selection_ms``: what the method itself took of it, of one sample; median over batches.
     - ``decode_ms``: one further token for the whole batch; median over batches.
     - ``gflops`` of the prefill and ``cache_kib`` (1024 bytes) of the cache after it, of one sample; means.
     """
@@ -50,25 +51,26 @@ def _summary(rows: list[Row], unpruned: list[Row]) -> Summary:
     measured = [row for row in rows if row["error"] is None]
     prefill, reference = _prefill(measured), _prefill([row for row in unpruned if row["error"] is None])
     presence = [row for row in measured if row["kind"] == "presence"]
-    return dict(
-        method=rows[0]["method"],
-        budget=rows[0]["budget"],
-        samples=len(rows),
-        errors=len(rows) - len(measured),
-        kinds={kind: _kind(metric, counts) for kind, (metric, counts) in groups.items()},
-        mean=asdict(estimate(list(groups.values()))),
-        reading=asdict(estimate(reading)) if reading else None,
-        pope=pope([row["prediction"] for row in presence], [row["answers"][0] for row in presence]) if presence else None,
-        agreement=_agreement(rows, unpruned),
-        tokens=_mean(row["tokens"] for row in measured),
-        visual_tokens=_mean(row["visual_tokens"] for row in measured),
-        batch_size=max((row["batch_size"] for row in measured), default=None),
-        prefill_ms=_median(1000 * seconds for seconds in prefill.values()),
-        speedup=_median(reference[batch] / prefill[batch] for batch in prefill if batch in reference),
-        decode_ms=_median(1000 * seconds for seconds in _by_batch(measured, _decode_seconds).values()),
-        gflops=_mean(row["flops"] / 1e9 for row in measured),
-        cache_kib=_mean(row["cache_bytes"] / 1024 for row in measured),
-    )
+    return {
+        "method": rows[0]["method"],
+        "budget": rows[0]["budget"],
+        "samples": len(rows),
+        "errors": len(rows) - len(measured),
+        "kinds": {kind: _kind(metric, counts) for kind, (metric, counts) in groups.items()},
+        "mean": asdict(estimate(list(groups.values()))),
+        "reading": asdict(estimate(reading)) if reading else None,
+        "pope": pope([row["prediction"] for row in presence], [row["answers"][0] for row in presence]) if presence else None,
+        "agreement": _agreement(rows, unpruned),
+        "tokens": _mean(row["tokens"] for row in measured),
+        "visual_tokens": _mean(row["visual_tokens"] for row in measured),
+        "batch_size": max((row["batch_size"] for row in measured), default=None),
+        "prefill_ms": _median(1000 * seconds for seconds in prefill.values()),
+        "speedup": _median(reference[batch] / prefill[batch] for batch in prefill if batch in reference),
+        "selection_ms": _median(1000 * seconds for seconds in _by_batch(measured, _selection_seconds).values()),
+        "decode_ms": _median(1000 * seconds for seconds in _by_batch(measured, _decode_seconds).values()),
+        "gflops": _mean(row["flops"] / 1e9 for row in measured),
+        "cache_kib": _mean(row["cache_bytes"] / 1024 for row in measured),
+    }
 
 
 def _group(kind: str, rows: list[Row]) -> tuple[Metric, Any]:
@@ -87,6 +89,10 @@ def _agreement(rows: list[Row], unpruned: list[Row]) -> float | None:
 
 def _prefill(rows: list[Row]) -> dict[int, float]:
     return _by_batch(rows, lambda row: row["prefill_seconds"] / row["batch_size"])
+
+
+def _selection_seconds(row: Row) -> float | None:
+    return None if row["selection_seconds"] is None else row["selection_seconds"] / row["batch_size"]
 
 
 def _decode_seconds(row: Row) -> float | None:
@@ -113,7 +119,7 @@ def _median(values: Iterable[float]) -> float | None:
 def write(summaries: list[Summary], manifest: Row, out: Path) -> list[Path]:
     """Writes ``summary.json`` and ``table.md`` into ``out`` and returns their paths."""
     paths = [out / SUMMARY, out / MARKDOWN]
-    write_json(paths[0], dict(run=manifest, settings=summaries))
+    write_json(paths[0], {"run": manifest, "settings": summaries})
     paths[1].write_text(markdown(summaries, manifest), encoding="utf-8")
     return paths
 
@@ -121,7 +127,14 @@ def write(summaries: list[Summary], manifest: Row, out: Path) -> list[Path]:
 # ------------------------------------------------------------------ tables
 
 Column = tuple[str, Callable[[Summary], str]]
-KIND_HEADINGS = dict(text="text", form="form", chart="chart", presence="pres.", relation="rel.", counting="count")
+KIND_HEADINGS = {
+    "text": "text",
+    "form": "form",
+    "chart": "chart",
+    "presence": "pres.",
+    "relation": "rel.",
+    "counting": "count",
+}
 
 
 def _number(key: str, digits: int) -> Callable[[Summary], str]:

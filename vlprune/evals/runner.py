@@ -104,7 +104,7 @@ def run(
     """
     _check_settings(model, settings)
     out.mkdir(parents=True, exist_ok=True)
-    generation = dict(batch_size=batch_size, max_new_tokens=max_new_tokens, instruction=instruction)
+    generation = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "instruction": instruction}
     wanted = manifest(model, examples, name, data, generation)
     journal = Journal.open(out, wanted, settings, command, restart)
     batches = make_batches(processor, examples, batch_size)
@@ -197,6 +197,7 @@ class _Runner:
         inputs, answers, times = self._generate(batch)
         totals, entering = self._visual_tokens(setting, inputs)
         flops, cache_bytes = self._costs(setting, inputs)
+        selection = None if setting.method == UNPRUNED else vlprune.report(self.model).selection_seconds
         return [
             _row(setting, index, example, prediction=prediction)
             | dict(
@@ -205,13 +206,14 @@ class _Runner:
                 batch_size=len(batch),
                 flops=flops / len(batch),
                 cache_bytes=cache_bytes / len(batch),
+                selection_seconds=selection,
                 **times,
             )
             for example, prediction, tokens, total in zip(batch, answers, entering, totals, strict=True)
         ]
 
     def _generate(self, batch: list[Example]) -> tuple[Any, list[str], dict[str, float | int | None]]:
-        inputs = self.inputs(batch)
+        inputs = self._inputs(batch)
         clock = StepClock(self.model.device)
         start = now(self.model.device)
         with torch.inference_mode():
@@ -223,15 +225,15 @@ class _Runner:
                 logits_processor=LogitsProcessorList([clock]),
             )
         steps = len(clock.ends) - 1
-        times = dict(
-            prefill_seconds=clock.ends[0] - start,
-            decode_seconds_per_token=(clock.ends[-1] - clock.ends[0]) / steps if steps else None,
-            steps=steps,
-        )
+        times = {
+            "prefill_seconds": clock.ends[0] - start,
+            "decode_seconds_per_token": (clock.ends[-1] - clock.ends[0]) / steps if steps else None,
+            "steps": steps,
+        }
         answers = self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return inputs, [answer.strip() for answer in answers], times
 
-    def inputs(self, batch: list[Example]) -> Any:
+    def _inputs(self, batch: list[Example]) -> Any:
         """What the processor makes of the prompts of a batch, padded on the left, on the model's device."""
         prompts = []
         for example in batch:
@@ -275,18 +277,18 @@ def _patched(model: Any, setting: Setting) -> contextlib.AbstractContextManager[
 
 def _row(setting: Setting, index: int, example: Example, prediction: str | None = None, error: str | None = None) -> Row:
     """What every row has; a measured row adds tokens, seconds (of its whole batch), FLOPs and bytes (of its sample)."""
-    return dict(
-        method=setting.method,
-        budget=setting.budget,
-        batch=index,
-        id=example.id,
-        kind=example.kind,
-        question=example.question,
-        answers=list(example.answers),
-        prediction=prediction,
-        score=METRIC_OF_KIND[example.kind].sample(prediction, example.answers),
-        error=error,
-    )
+    return {
+        "method": setting.method,
+        "budget": setting.budget,
+        "batch": index,
+        "id": example.id,
+        "kind": example.kind,
+        "question": example.question,
+        "answers": list(example.answers),
+        "prediction": prediction,
+        "score": METRIC_OF_KIND[example.kind].sample(prediction, example.answers),
+        "error": error,
+    }
 
 
 # ------------------------------------------------------------------ what is kept on disk
@@ -307,9 +309,9 @@ class Journal:
         if not previous:
             (out / ROWS).unlink(missing_ok=True)
         merged = _distinct([*(Setting(**s) for s in previous.get("settings", ())), *settings])
-        started = dict(date=_today(), commit=git_commit(), command=command)
+        started = {"date": _today(), "commit": git_commit(), "command": command}
         kept = {key: previous[key] for key in started if key in previous}
-        write_json(path, wanted | started | kept | dict(settings=[asdict(s) for s in merged]))
+        write_json(path, wanted | started | kept | {"settings": [asdict(s) for s in merged]})
         return cls(out)
 
     def complete_rows(self, batches: list[list[Example]]) -> dict[tuple[str, int], list[Row]]:
@@ -327,7 +329,7 @@ class Journal:
         return whole
 
     def append(self, rows: list[Row]) -> None:
-        with open(self.out / ROWS, "a", encoding="utf-8") as file:
+        with (self.out / ROWS).open("a", encoding="utf-8") as file:
             file.write("".join(_line(row) for row in rows))
             file.flush()
             os.fsync(file.fileno())
@@ -356,7 +358,7 @@ def write_json(path: Path, content: Any) -> None:
 def _write_whole(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".new")
     beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    beside.replace(path)
 
 
 # ------------------------------------------------------------------ what a run is a measurement of
@@ -365,13 +367,13 @@ def _write_whole(path: Path, text: str) -> None:
 def manifest(model: Any, examples: Sequence[Example], name: str, data: str, generation: dict[str, Any]) -> Row:
     """Everything that must be equal for rows to be comparable."""
     dtype = str(model.dtype).removeprefix("torch.")
-    return dict(
-        model=dict(name=name or type(model).__name__, sha256=weights_hash(model), dtype=dtype),
-        data=dict(name=data, samples=len(examples), sha256=examples_hash(examples)),
-        generation=generation,
-        versions=dict(vlprune=vlprune.__version__, torch=torch.__version__, transformers=transformers.__version__),
-        hardware=hardware(model.device),
-    )
+    return {
+        "model": {"name": name or type(model).__name__, "sha256": weights_hash(model), "dtype": dtype},
+        "data": {"name": data, "samples": len(examples), "sha256": examples_hash(examples)},
+        "generation": generation,
+        "versions": {"vlprune": vlprune.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "hardware": hardware(model.device),
+    }
 
 
 def weights_hash(model: Any) -> str:
@@ -396,8 +398,8 @@ def examples_hash(examples: Sequence[Example]) -> str:
 def hardware(device: torch.device) -> dict[str, Any]:
     """Name of the processor that does the work, and for a CPU its cores and threads."""
     if device.type == "cuda":
-        return dict(device=torch.cuda.get_device_name(device))
-    return dict(device=_cpu_name(), cores=os.cpu_count(), threads=torch.get_num_threads())
+        return {"device": torch.cuda.get_device_name(device)}
+    return {"device": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
 
 
 def _cpu_name() -> str:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -141,9 +142,15 @@ def examples(split: str = "test", count: int = 720) -> Iterator[Example]:
     for index in range(count):
         kind = KINDS[index % len(KINDS)]
         layout = kind if kind in ("form", "chart") else "scene"
-        picture = scene(split, index, layout)
+        picture = next(p for p in _alternatives(split, index, layout) if any(q.kind == kind for q in p.questions))
         question = _pick(picture, kind, random.Random(f"pick/{VERSION}/{split}/{index}"))
         yield Example(f"{split}-{index:05d}", kind, picture.draw(), question.text, question.answers)
+
+
+def _alternatives(split: str, index: int, layout: str) -> Iterator[Scene]:
+    """Scene ``index`` and others to fall back on: a crowded scene can lack the shapes that a question is about."""
+    for attempt in itertools.count():
+        yield scene(split, index + attempt * 1_000_000_000, layout)
 
 
 def _pick(picture: Scene, kind: str, rng: random.Random) -> Question:

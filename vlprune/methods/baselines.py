@@ -101,4 +101,3 @@ def _places(layout: ImageLayout, grid: tuple[int, int]) -> Tensor:
     """Prompt indices, ascending, of the patches of all tiles that ``grid`` fills."""
     places = layout.placeholder[:, centres(layout.grid, grid)]
     return places[places >= 0].sort().values
-

@@ -53,25 +53,26 @@ class HiRED(Method):
 
     def select(self, image: ImageTokens) -> Selection:
         layout = image.layout
-        scores = image[LATE].sum(1)
         places = image.host(layout.placeholder)
-        ranks = _ranks(scores.masked_fill(places < 0, -torch.inf))
+        ranks = _ranks(image[LATE].sum(1).masked_fill(places < 0, -torch.inf))
         count = min(image.count, sum(layout.available))
-        if layout.tiles == 1:
-            quotas = [float(count)]
-        else:
-            thumbnail = min(int(count * self.alpha), layout.available[0])
-            thumbnail = max(thumbnail, count - sum(layout.available[1:]))
-            shares = self._shares(image[EARLY][0].sum(0), layout)
-            quotas = torch.cat([shares.new_tensor([thumbnail]), shares * (count - thumbnail)])
         # The seat of rank r in a tile of quota q is worth q - (r + 1): the best seats are each tile's whole part, then the
-        # largest remainders, and no seat lies outside of its tile.
-        worth = torch.as_tensor(quotas, device=image.device)[:, None] - (ranks + 1)
-        if layout.tiles > 1:
-            worth[0] = torch.where(ranks[0] < thumbnail, torch.inf, -1e9)
-        worth = worth.masked_fill(places < 0, -torch.inf)
-        keep = places.flatten()[top(worth.flatten(), count)]
+        # largest remainders. Only crops compete for those, and no seat lies in the padding.
+        quotas = self._quotas(image, count)
+        worth = quotas[:, None] - (ranks + 1)
+        worth[0].masked_fill_(ranks[0] >= quotas[0], -1e9)
+        keep = places.flatten()[top(worth.masked_fill(places < 0, -torch.inf).flatten(), count)]
         return Selection(with_separators(keep, image))
+
+    def _quotas(self, image: ImageTokens, count: int) -> Tensor:
+        """Each tile's part ``(tiles,)`` of ``count``, before rounding."""
+        layout = image.layout
+        if layout.tiles == 1:
+            return torch.full((1,), float(count), device=image.device)
+        thumbnail = min(int(count * self.alpha), layout.available[0])
+        thumbnail = max(thumbnail, count - sum(layout.available[1:]))
+        shares = self._shares(image[EARLY][0].sum(0), layout)
+        return torch.cat([shares.new_tensor([thumbnail]), shares * (count - thumbnail)])
 
     def _shares(self, attention: Tensor, layout: ImageLayout) -> Tensor:
         """Each crop's share ``(crops,)`` of their common budget, from the thumbnail's early [CLS] attention ``(N,)``."""
@@ -84,7 +85,8 @@ class HiRED(Method):
             crop = patch * crops // attention.shape[0]
         else:
             weights = attention
-            crop = (patch // columns * layout.crops[0] // rows) * layout.crops[1] + patch % columns * layout.crops[1] // columns
+            down, right = layout.crops
+            crop = patch // columns * down // rows * right + patch % columns * right // columns
         sums = torch.zeros(crops, device=attention.device).index_add(0, crop, weights)
         total = sums.sum()
         return torch.where(total > 0, sums / total.clamp(min=1e-30), 1.0 / crops)

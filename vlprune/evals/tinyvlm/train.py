@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -203,7 +204,7 @@ class Dialogues:
         }
 
 
-def answer_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+def answer_loss(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
     """Cross-entropy of the answers' tokens. Right padding needs no mask under causal attention: nothing looks at it."""
     labels = batch.pop("labels")
     hidden = model.model(**batch, use_cache=False).last_hidden_state[:, :-1]
@@ -231,7 +232,7 @@ class Trainer:
     def __init__(self, out: Path, stages: Iterable[Stage], seed: int = 0, log_every: int = 25, save_every: int = 250):
         self.out, self.stages, self.seed, self.log_every, self.save_every = out, list(stages), seed, log_every, save_every
         out.mkdir(parents=True, exist_ok=True)
-        self.model = build.model(seed)
+        self.model: Any = build.model(seed)
         self.heads = EncoderHeads(self.model.config.vision_config.hidden_size)
         self.dialogues = Dialogues()
         self.seconds = 0.0

@@ -1,0 +1,1 @@
+"""Interactive demos. Empty so far."""
