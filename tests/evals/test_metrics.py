@@ -173,11 +173,11 @@ def test_pope_parsing(text: str, answer: str):
 
 def test_pope_scores():
     scores = metrics.pope(["yes", "yes", "no", "no", "yes"], ["yes", "no", "yes", "no", "yes"])
-    assert scores == pytest.approx(dict(accuracy=0.6, precision=2 / 3, recall=2 / 3, f1=2 / 3, yes_ratio=0.6))
+    assert scores == pytest.approx({"accuracy": 0.6, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes_ratio": 0.6})
 
 
 def test_pope_without_positives():
-    assert metrics.pope(["no"], ["no"]) == dict(accuracy=1.0, precision=0.0, recall=0.0, f1=0.0, yes_ratio=0.0)
+    assert metrics.pope(["no"], ["no"]) == {"accuracy": 1.0, "precision": 0.0, "recall": 0.0, "f1": 0.0, "yes_ratio": 0.0}
 
 
 def test_f1_is_not_a_mean_of_samples():

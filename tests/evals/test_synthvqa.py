@@ -51,7 +51,7 @@ def test_fewer_examples_are_the_first_of_more(rows: list[synthvqa.Example]):
 def test_splits_share_no_image(rows: list[synthvqa.Example]):
     test = {digest(row.image.tobytes()) for row in rows}
     train = {digest(synthvqa.scene("train", index).draw().tobytes()) for index in range(400)}
-    assert len(test) == 360 and len(train) == 400
+    assert (len(test), len(train)) == (360, 400)
     assert not test & train
 
 
@@ -95,7 +95,8 @@ def test_unknown_split():
 def test_boxes_lie_in_the_image_and_apart(picture: Scene):
     for item in picture.items:
         for left, top, right, bottom in (item.box, *item.glyphs):
-            assert 0 <= left < right <= SIZE and 0 <= top < bottom <= SIZE
+            assert 0 <= left < right <= SIZE
+            assert 0 <= top < bottom <= SIZE
     for number, one in enumerate(picture.items):
         for other in picture.items[:number]:
             a, b = one.box, other.box
@@ -108,8 +109,10 @@ def test_characters_lie_in_their_item_and_in_one_tile(picture: Scene):
         assert len(item.glyphs) == len(item.text)
         for left, top, right, bottom in item.glyphs:
             # The cell of a character is a little larger than its ink: on the lowest bar it reaches one pixel below.
-            assert item.box[0] <= left and right <= item.box[2] and item.box[1] <= top and bottom <= item.box[3] + 1
-            assert left // TILE == (right - 1) // TILE and top // TILE == (bottom - 1) // TILE
+            assert item.box[0] <= left < right <= item.box[2]
+            assert item.box[1] <= top < bottom <= item.box[3] + 1
+            assert left // TILE == (right - 1) // TILE
+            assert top // TILE == (bottom - 1) // TILE
 
 
 def test_shapes_show_their_colour():

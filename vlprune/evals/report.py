@@ -180,10 +180,10 @@ def print_table(summaries: list[Summary], console: Console) -> None:
     """The table; on a narrow terminal in two or three parts."""
     kinds = _kind_columns(lambda kind: "–" if kind is None else _percent(kind["value"]))
     overall, costs = _overall_columns(), _cost_columns()
-    if console.width >= 112:
+    if console.width >= 118:
         parts = [kinds + overall + costs]
     else:
-        parts = [kinds + overall, costs] if console.width >= 82 else [kinds, overall, costs]
+        parts = [kinds + overall, costs] if console.width >= 90 else [kinds, overall, costs]
     for part in parts:
         console.print(_rich_table(summaries, _settings_columns() + part))
     console.print(f"[dim]{legend(summaries)}[/dim]")
@@ -193,7 +193,7 @@ def _rich_table(summaries: list[Summary], columns: list[Column]) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     for heading, _ in columns:
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for summary, following in zip(summaries, [*summaries[1:], None], strict=True):

@@ -1,0 +1,264 @@
+"""A run measures what it says, keeps what it measured, and goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import vlprune
+from vlprune.evals import runner
+from vlprune.evals.runner import MANIFEST, ROWS, UNPRUNED, Progress, Row, RunMismatchError, Setting, settings_of
+
+from . import small
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole")
+    small.run(out)
+    return out
+
+
+@pytest.fixture
+def copy(whole: Path, tmp_path: Path) -> Path:
+    for name in (ROWS, MANIFEST):
+        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    return tmp_path
+
+
+def lines(out: Path) -> list[str]:
+    return (out / ROWS).read_text().splitlines(keepends=True)
+
+
+def same_rows(out: Path, other: Path) -> None:
+    got, expected = ([small.measured_anew(row) for row in runner.read_rows(folder)] for folder in (out, other))
+    assert got == expected
+
+
+# ------------------------------------------------------------------ what is measured
+
+
+def test_rows_hold_what_was_measured(whole: Path):
+    rows = runner.read_rows(whole)
+    assert len(rows) == len(small.EXAMPLES) * len(small.SETTINGS)
+    assert not any(row["error"] for row in rows)
+    tokens = {(row["method"], row["visual_tokens"], row["tokens"]) for row in rows}
+    assert tokens == {("none", 336, 336), ("uniform", 336, 33), ("hired", 336, 24)}
+    for row in rows:
+        assert row["prefill_seconds"] > 0
+        assert row["decode_seconds_per_token"] > 0
+        assert row["steps"] == 2
+
+
+def test_costs_are_those_of_a_sample(whole: Path):
+    cost = {row["method"]: row for row in runner.read_rows(whole) if row["id"] == small.EXAMPLES[0].id}
+    assert cost["hired"]["flops"] < cost["uniform"]["flops"] < cost["none"]["flops"]
+    layers, width, float32 = 5, 160, 4
+    per_token = 2 * layers * width * float32
+    assert cost["none"]["cache_bytes"] - cost["hired"]["cache_bytes"] == (336 - 24) * per_token
+
+
+def test_prompts_are_padded_on_the_left():
+    model, processor = small.parts()
+    inputs = runner._Runner(model, processor, 1, "")._inputs([small.EXAMPLES[0], small.EXAMPLES[4]])
+    assert sorted(inputs["attention_mask"][:, 0].tolist()) == [0, 1]
+    assert inputs["attention_mask"][:, -1].tolist() == [1, 1]
+
+
+def test_nothing_is_left_on_the_model(tmp_path: Path):
+    model, processor = small.parts()
+    small.run(tmp_path / "plain", model=model, processor=processor, settings=[Setting(UNPRUNED)])
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    small.run(tmp_path / "pruned", model=model, processor=processor, settings=[Setting(UNPRUNED), Setting("pool", 0.1)])
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    with pytest.raises(vlprune.NotAppliedError):
+        vlprune.report(model)
+
+
+def test_settings_run_unpruned_first_and_once():
+    settings = settings_of(["hired", "none", "hired"], [1.0, 0.2, 1])
+    assert [setting.label for setting in settings] == ["none", "hired 1.0", "hired 0.2", "hired 1"]
+    assert settings_of(["hired"], [0.2]) == [Setting("hired", 0.2)]
+
+
+def test_progress_counts_samples(tmp_path: Path):
+    seen: list[Progress] = []
+    small.run(tmp_path, settings=[Setting(UNPRUNED)], progress=seen.append)
+    assert [state.done for state in seen] == [4, 8, 12, 16, 18]
+    assert {(state.total, state.resumed) for state in seen} == {(18, 0)}
+
+
+# ------------------------------------------------------------------ going on
+
+
+def wait_for_rows(process: subprocess.Popen[Any], out: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the run ended before it could be killed"
+        if (out / ROWS).exists() and len(lines(out)) >= count:
+            return
+        time.sleep(0.05)
+    raise TimeoutError(f"no {count} rows within two minutes")
+
+
+def test_goes_on_after_kill(whole: Path, tmp_path: Path):
+    environment = os.environ | {"PYTHONPATH": str(Path(vlprune.__file__).parents[1])}
+    process = subprocess.Popen([sys.executable, small.__file__, str(tmp_path)], env=environment)
+    try:
+        wait_for_rows(process, tmp_path, 22)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    kept = lines(tmp_path)
+    assert 22 <= len(kept) < len(lines(whole))
+    seen: list[Progress] = []
+    small.run(tmp_path, progress=seen.append)
+    assert lines(tmp_path)[: len(kept)] == kept
+    assert seen[0].resumed == len(kept)
+    same_rows(tmp_path, whole)
+
+
+@pytest.mark.parametrize("cut", [1, 40, 700])
+def test_torn_last_line_is_measured_again(whole: Path, copy: Path, cut: int):
+    text = (copy / ROWS).read_bytes()
+    (copy / ROWS).write_bytes(text[:-cut])
+    small.run(copy)
+    same_rows(copy, whole)
+
+
+def test_incomplete_batch_is_measured_again(whole: Path, copy: Path):
+    kept = lines(copy)[:-3]
+    (copy / ROWS).write_text("".join(kept))
+    small.run(copy)
+    assert lines(copy)[: len(kept) - 1] != lines(whole)
+    same_rows(copy, whole)
+
+
+def test_torn_bytes_of_a_character(whole: Path, copy: Path):
+    with (copy / ROWS).open("ab") as file:
+        file.write('{"method": "nöne"}'.encode()[:13])
+    small.run(copy)
+    same_rows(copy, whole)
+
+
+def test_complete_run_measures_nothing(whole: Path, copy: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runner._Runner, "_generate", lambda *_: pytest.fail("measured again"))
+    rows = small.run(copy)
+    assert rows == runner.read_rows(whole)
+    assert lines(copy) == lines(whole)
+
+
+def test_settings_may_be_added(whole: Path, copy: Path):
+    more = [*small.SETTINGS, Setting("resize", 0.1)]
+    rows = small.run(copy, settings=more)
+    assert lines(copy)[: len(lines(whole))] == lines(whole)
+    assert {row["method"] for row in rows} == {"none", "uniform", "hired", "resize"}
+    assert [Setting(**s) for s in runner.read_manifest(copy)["settings"]] == more
+
+
+def test_restart_forgets(copy: Path):
+    before = lines(copy)
+    rows = small.run(copy, settings=[Setting(UNPRUNED)], restart=True)
+    assert len(rows) == len(lines(copy)) == len(small.EXAMPLES)
+    assert lines(copy) != before[: len(rows)]
+
+
+# ------------------------------------------------------------------ runs that do not belong together
+
+
+def other_weights(model: Any) -> dict[str, Any]:
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (other_weights, "model sha256"),
+        (lambda _: {"batch_size": 5}, "generation batch_size there 4, now 5"),
+        (lambda _: {"instruction": "Be short."}, "generation instruction"),
+        (lambda _: {"data": "SynthVQA 9"}, "data name"),
+    ],
+)
+def test_rows_of_another_run(copy: Path, change: Callable[[Any], dict[str, Any]], names: str):
+    before = lines(copy)
+    model, processor = small.parts()
+    with pytest.raises(RunMismatchError, match=names) as caught:
+        small.run(copy, model=model, processor=processor, **change(model))
+    assert "--out" in str(caught.value)
+    assert "--restart" in str(caught.value)
+    assert lines(copy) == before
+
+
+def test_rows_without_manifest_are_not_deleted(copy: Path):
+    (copy / MANIFEST).unlink()
+    with pytest.raises(RunMismatchError, match=MANIFEST):
+        small.run(copy)
+    assert lines(copy)
+
+
+def test_unreadable_manifest(copy: Path):
+    (copy / MANIFEST).write_text("{")
+    with pytest.raises(RunMismatchError, match="cannot be read"):
+        small.run(copy)
+
+
+def test_manifest_names_everything(whole: Path):
+    manifest = json.loads((whole / MANIFEST).read_text())
+    assert set(manifest) == {"model", "data", "generation", "versions", "hardware", "settings", "date", "commit", "command"}
+    assert set(manifest["versions"]) == {"vlprune", "torch", "transformers"}
+    assert manifest["hardware"]["device"]
+
+
+@pytest.mark.parametrize("setting", [Setting("hierd", 0.2), Setting("hired", 1.5), Setting("hired", 0)])
+def test_impossible_setting_is_told_before_anything_is_measured(tmp_path: Path, setting: Setting):
+    with pytest.raises(vlprune.VLPruneError):
+        small.run(tmp_path / "out", settings=[Setting(UNPRUNED), setting])
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------ samples that fail
+
+
+class FailsOn:
+    """A processor that cannot read one question."""
+
+    def __init__(self, processor: Any, question: str):
+        self._processor = processor
+        self._question = question
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._processor, name)
+
+    def __call__(self, *, text: list[str], **options: Any) -> Any:
+        if any(self._question in prompt for prompt in text):
+            raise ValueError("unreadable image")
+        return self._processor(text=text, **options)
+
+
+def test_a_failing_sample_is_recorded_and_wrong(whole: Path, tmp_path: Path):
+    model, processor = small.parts()
+    victim = small.EXAMPLES[2]
+    alike = [e.id for e in small.EXAMPLES if e.question == victim.question]
+    processor = FailsOn(processor, victim.question)
+    rows = small.run(tmp_path, model=model, processor=processor, settings=[Setting(UNPRUNED)])
+    assert len(rows) == len(small.EXAMPLES)
+    failed = [row for row in rows if row["error"]]
+    assert [row["id"] for row in failed] == alike
+    assert {(row["error"], row["score"], row["prediction"]) for row in failed} == {("ValueError: unreadable image", 0.0, None)}
+    expected: dict[str, Row] = {row["id"]: row for row in runner.read_rows(whole) if row["method"] == UNPRUNED}
+    assert all(row["prediction"] == expected[row["id"]]["prediction"] for row in rows if not row["error"])
+    small.run(tmp_path, model=model, processor=processor, settings=[Setting(UNPRUNED)])
+    assert len(lines(tmp_path)) == len(rows)

@@ -1,0 +1,152 @@
+"""The command line, as a person meets it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import vlprune
+from vlprune import cli
+from vlprune.evals import commands, runner
+from vlprune.evals.tinyvlm import build
+
+WIDE = {"COLUMNS": "120", "TERM": "dumb"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model in the hub's format, with random weights."""
+    path = tmp_path_factory.mktemp("model")
+    build.model(0).save_pretrained(path)
+    build.processor().save_pretrained(path)
+    return str(path)
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(commands.app, list(arguments), env=WIDE)
+
+
+def few(folder: str, out: Path, *more: str) -> list[str]:
+    small = ["--model", folder, "--samples", "12", "--batch-size", "6", "--device", "cpu", "--out", str(out)]
+    return ["eval", *small, "--methods", "none,uniform", "--budgets", "0.1", *more]
+
+
+def test_methods_lists_every_method():
+    result = invoke("methods")
+    assert result.exit_code == 0
+    for name in vlprune.methods():
+        assert name in result.output
+
+
+def test_models_lists_families():
+    result = invoke("models")
+    assert result.exit_code == 0
+    assert "llava_next" in result.output
+
+
+def test_help_names_the_commands():
+    output = invoke("--help").output
+    for name in ("eval", "methods", "models"):
+        assert name in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--methods", "hierd"], "hired"),
+        (["--budgets", "much"], "'much'"),
+        (["--budgets", "1.5"], "1.5"),
+        (["--budgets", "nan"], "nan"),
+        (["--budgets", "0"], "0"),
+        (["--methods", ","], "--methods"),
+        (["--model", "./no-such-model"], "no-such-model"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], told: str, tmp_path: Path):
+    result = invoke("eval", "--out", str(tmp_path), *arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("vlprune: ")
+    assert told in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.output
+
+
+def test_eval_from_plan_to_picture(folder: str, tmp_path: Path):
+    result = invoke(*few(folder, tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "2 settings x 12 samples" in result.output
+    assert "24/24 samples" in result.output
+    for heading in ("tokens", "mean", "agree", "prefill", "GFLOP"):
+        assert heading in result.output
+    for name in ("rows.jsonl", "summary.json", "table.md", "accuracy.png"):
+        assert (tmp_path / name).exists()
+        assert name in result.output
+
+
+def test_other_samples_need_another_folder_or_a_restart(folder: str, tmp_path: Path):
+    assert invoke(*few(folder, tmp_path)).exit_code == 0
+    fewer = few(folder, tmp_path, "--samples", "6")
+    result = invoke(*fewer)
+    assert result.exit_code == 2
+    assert "--restart" in result.stderr
+    assert invoke(*fewer, "--restart").exit_code == 0
+    assert len(runner.read_rows(tmp_path)) == 12
+
+
+def test_failures_are_told(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no [memory] left")
+
+    monkeypatch.setattr(runner._Runner, "_generate", broken)
+    result = invoke(*few(folder, tmp_path))
+    assert result.exit_code == 0, result.output
+    assert re.search(r"24 samples failed.*RuntimeError: no \[memory\] left", " ".join(result.output.split()))
+
+
+def test_interrupt_says_what_is_kept_and_goes_on(folder: str, tmp_path: Path):
+    command = [sys.executable, "-m", "vlprune.cli", *few(folder, tmp_path, "--samples", "96", "--threads", "1")]
+    environment = os.environ | WIDE | {"PYTHONPATH": str(Path(vlprune.__file__).parents[1])}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    rows = tmp_path / "rows.jsonl"
+    deadline = time.monotonic() + 120
+    while not (rows.exists() and rows.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    kept = len(runner.read_rows(tmp_path))
+    assert f"{kept} rows are kept" in output
+    assert "Traceback" not in output
+    assert 0 < kept < 192
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    assert "192/192 samples" in done.stdout
+    assert len(runner.read_rows(tmp_path)) == 192
+
+
+def test_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "typer" else object())
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert str(caught.value) == 'vlprune: the command line needs typer: pip install "vlprune[evals]"'
+
+
+def test_remaining_time_is_printed_where_no_terminal_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    clock = iter([0.0, 10.0, 30.0, 31.0])
+    monkeypatch.setattr(commands.time, "monotonic", lambda: next(clock))
+    progress = commands.PlainProgress(commands.Console(width=120, highlight=False))
+    for done in (110, 130, 200):
+        progress(runner.Progress(runner.Setting("hired", 0.2), done, 200, resumed=100))
+    assert capsys.readouterr().out.splitlines() == [
+        "130/200 samples, hired 0.2, about 1:10 left",
+        "200/200 samples, hired 0.2, about 0:00 left",
+    ]
