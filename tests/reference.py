@@ -12,6 +12,8 @@ from torch import Tensor
 import vlprune
 from tests.zoo import IMAGE
 
+T = TypeVar("T")
+
 
 def hidden_positions(inputs: dict[str, Tensor], report: vlprune.Report) -> Tensor:
     """Which tokens of the prompt the report's choice dropped: ``(B, L)`` bool."""

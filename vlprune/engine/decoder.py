@@ -80,7 +80,7 @@ class DecoderHooks:
 
     def __init__(self, model: nn.Module, parts: Parts, encoder: EncoderHooks):
         self.model, self.parts, self.encoder = model, parts, encoder
-        self.visual: list[Tensor | None] = []
+        self.visual: Tensor | None = None
         self.forward: Forward | None = None
         self.prefill: Prefill | None = None
 
@@ -99,14 +99,20 @@ class DecoderHooks:
     # ------------------------------------------------------------------ base model
 
     def enter_base(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        encoded = kwargs.get("mm_encoder_outputs")
+        self.visual = None
+        self.encoder.expect(encoded)
         input_ids = kwargs.get("input_ids", args[0] if args else None)
-        visual = None
-        if input_ids is not None and input_ids.shape[1] > 1:
-            visual = self.parts.family.image_tokens(self.model, input_ids)
-        self.visual.append(visual)
+        embeddings = kwargs.get("inputs_embeds")
+        if input_ids is not None:
+            prompt = input_ids.shape[1] > 1
+        else:
+            prompt = embeddings is not None and bool(encoded or kwargs.get("pixel_values") is not None)
+        if prompt:
+            self.visual = self.parts.family.placeholders(self.model, input_ids, embeddings)
 
     def leave_base(self, module: nn.Module, args: tuple, out: Any) -> None:
-        self.visual.pop()
+        self.visual = None
 
     # ------------------------------------------------------------------ text model
 
@@ -115,8 +121,8 @@ class DecoderHooks:
         embeddings = kwargs.get("inputs_embeds")
         if embeddings is None:
             return None
-        visual = self.visual[-1] if self.visual else None
-        chosen = self.encoder.take() if visual is not None else None
+        visual = self.visual
+        chosen = self.encoder.chosen if visual is not None else None
         pruning = chosen is not None and any(choice.keep is not None for choice in chosen)
         cache = kwargs.get("past_key_values")
         old = caches.row_map(cache)

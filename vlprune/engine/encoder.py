@@ -18,9 +18,12 @@ from torch import Tensor, nn
 
 from vlprune.engine.family import Parts
 from vlprune.engine.probes import Probe
-from vlprune.errors import BudgetError
+from vlprune.errors import BudgetError, VLPruneError
 from vlprune.image import ImageLayout, ImageTokens
 from vlprune.method import Merge, Method, Selection
+
+CHOICE = "_vlprune_choice"
+"""Attribute of an encoder's output: what was chosen for its images."""
 
 
 @dataclass(eq=False)
@@ -54,6 +57,10 @@ class Clock:
         event.record()
         return event
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Events of a device can neither be copied nor pickled.
+        return {"cuda": False, "marks": [0.0, self.seconds]}
+
     @property
     def seconds(self) -> float:
         start, end = self.marks
@@ -85,16 +92,25 @@ class ImageFeatures:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         bound = self.__signature__.bind(*args, **kwargs)
         named = {k: v for k, v in bound.arguments.items() if k != "kwargs"} | bound.arguments.get("kwargs", {})
-        return self.hooks.run(self._original, named)
+        as_tuple = named.get("return_dict") is False
+        if as_tuple:
+            named["return_dict"] = True
+        out = self.hooks.run(self._original, named)
+        return out.to_tuple() if as_tuple else out
 
 
 class EncoderHooks:
-    """The encoder's side of a patch; ``chosen`` holds the choice until the next prefill takes it."""
+    """The encoder's side of a patch.
+
+    ``chosen``: what was chosen for the images of the forward under way, None where it has none. ``latest``: what the last
+    run of the encoder chose, inside of a forward or before it.
+    """
 
     def __init__(self, model: nn.Module, parts: Parts, method: Method):
         self.model, self.parts, self.method = model, parts, method
         self.probe = Probe(parts, method.needs)
         self.chosen: list[Chosen] | None = None
+        self.latest: list[Chosen] | None = None
         self.grid: tuple[int, int] | None = None
 
     def install(self) -> list[Any]:
@@ -110,7 +126,28 @@ class EncoderHooks:
 
     def run(self, original: Any, arguments: dict[str, Any]) -> Any:
         """Runs the encoder and lets the method choose; returns what ``original`` returns, of unchanged length."""
+        self.chosen = self.latest = None
+        out = self._run(original, arguments)
+        self.latest = self.chosen
+        if hasattr(out, "pooler_output"):
+            setattr(out, CHOICE, self.chosen)
+        return out
+
+    def expect(self, encoded: dict[str, Any] | None) -> None:
+        """A forward begins. ``encoded``: outputs of the encoder that it is given, None if it runs the encoder or has no image.
+
+        A choice travels with the output it was made for; outputs that somebody has copied belong to the latest one.
+        """
         self.chosen = None
+        if encoded:
+            self.chosen = next((c for out in encoded.values() if (c := getattr(out, CHOICE, None))), self.latest)
+            if self.chosen is None:
+                raise VLPruneError(
+                    f"{type(self.model).__name__} was given image features that were encoded before the method was applied; "
+                    "encode them again, or pass the pixels"
+                )
+
+    def _run(self, original: Any, arguments: dict[str, Any]) -> Any:
         layouts = self.parts.family.layouts(self.model, arguments)
         if all(self.method.count(layout.total) >= layout.total for layout in layouts) and not self.method.adaptive:
             out = original(**arguments)
@@ -176,11 +213,6 @@ class EncoderHooks:
                 "a method whose count depends on the image's content says so: adaptive = True"
             )
         return Chosen(image.layout, selection.keep, grid, clock), features
-
-    def take(self) -> list[Chosen] | None:
-        """The choice of the last run of the encoder, once."""
-        chosen, self.chosen = self.chosen, None
-        return chosen
 
     # ------------------------------------------------------------------ a smaller image for the encoder
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vlprune.errors import UnsupportedModelError, VLPruneError
@@ -66,11 +67,16 @@ class Family:
             has_cls=vision_type in self.cls_types,
         )
 
-    def image_tokens(self, model: nn.Module, input_ids: Tensor) -> Tensor:
-        """Which of ``input_ids (B, L)`` are placeholders of visual tokens."""
+    def placeholders(self, model: nn.Module, input_ids: Tensor | None, embeddings: Tensor | None) -> Tensor:
+        """Which tokens of ``input_ids (B, L)``, or else of ``embeddings (B, L, D)``, are placeholders of visual tokens."""
         config: Any = model.config
         token = getattr(config, "image_token_id", None)
-        return input_ids == (config.image_token_index if token is None else token)
+        token = config.image_token_index if token is None else token
+        if input_ids is not None:
+            return input_ids == token
+        assert embeddings is not None
+        embedding: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+        return (embeddings == embedding(torch.tensor(token, device=embeddings.device))).all(-1)
 
 
 @dataclass(frozen=True, eq=False)
