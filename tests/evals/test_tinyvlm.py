@@ -108,9 +108,7 @@ def test_tinyvlm_answers_well():
     rows = list(synthvqa.examples("test", 60))
     for start in range(0, len(rows), 20):
         part = rows[start : start + 20]
-        chats = [
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row.question}]}] for row in part
-        ]
+        chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row.question}]}] for row in part]
         prompts = [processor.apply_chat_template(chat) for chat in chats]
         inputs = processor(images=[row.image for row in part], text=prompts, return_tensors="pt", padding=True)
         out = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1] :]

@@ -26,7 +26,8 @@ PATCH = 8
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 WORDS = (
     "what does the sign say is name value of bar which highest there a an how many are colour left above image describe "
-    "yes no field cross circle square triangle crosses circles squares triangles " + " ".join((*synthvqa.COLOURS, *synthvqa.KEYS))
+    "yes no field cross circle square triangle crosses circles squares triangles "
+    + " ".join((*synthvqa.COLOURS, *synthvqa.KEYS))
 ).split()
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -84,28 +85,28 @@ def processor() -> LlavaNextProcessor:
 
 
 def config(vocab_size: int) -> LlavaNextConfig:
-    vision: dict[str, Any] = dict(
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        image_size=synthvqa.TILE,
-        patch_size=PATCH,
-        projection_dim=128,
-        hidden_act="gelu",
-    )
-    text: dict[str, Any] = dict(
-        vocab_size=vocab_size,
-        hidden_size=160,
-        intermediate_size=448,
-        num_hidden_layers=5,
-        num_attention_heads=5,
-        num_key_value_heads=5,
-        max_position_embeddings=2048,
-        bos_token_id=SPECIAL.index("<s>"),
-        eos_token_id=SPECIAL.index("</s>"),
-        pad_token_id=SPECIAL.index("<pad>"),
-    )
+    vision: dict[str, Any] = {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "image_size": synthvqa.TILE,
+        "patch_size": PATCH,
+        "projection_dim": 128,
+        "hidden_act": "gelu",
+    }
+    text: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": 160,
+        "intermediate_size": 448,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 5,
+        "max_position_embeddings": 2048,
+        "bos_token_id": SPECIAL.index("<s>"),
+        "eos_token_id": SPECIAL.index("</s>"),
+        "pad_token_id": SPECIAL.index("<pad>"),
+    }
     return LlavaNextConfig(
         vision_config=CLIPVisionConfig(**vision),
         text_config=LlamaConfig(**text),

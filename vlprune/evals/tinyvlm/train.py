@@ -4,7 +4,7 @@
    [CLS] predicts the words and characters of its tile's caption, so that its attention goes to what a caption mentions.
 2. ``connect``: projector and LLM learn on the frozen encoder. All questions of an image stand in one sequence, every
    other one with a caption; the loss is on the answers.
-3. ``vlm``: the same with fewer captions; the encoder learns along at a lower rate.
+3. ``vlm``: the same with fewer captions and falling rates. The encoder stays frozen, so its [CLS] keeps its meaning.
 
 Usage: ``python -m vlprune.evals.tinyvlm.train --out runs/tinyvlm``
 """
@@ -14,27 +14,32 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import random
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import typer
 from PIL import Image
 from torch import Tensor, nn
 
 from vlprune.evals import synthvqa
 from vlprune.evals.synthvqa import SIZE, TILE, Scene
 from vlprune.evals.tinyvlm import build
+from vlprune.evals.tinyvlm.export import export
 
 GRID = TILE // build.PATCH
 TILES = ((0, 0), (TILE, 0), (0, TILE), (TILE, TILE))
-OWNERS = ["nothing", *(f"{c} {k}" for c in synthvqa.COLOURS for k in (*synthvqa.SHAPES, "sign", "bar")), *(f"{k} field" for k in synthvqa.KEYS)]
+OWNERS = [
+    "nothing",
+    *(f"{c} {k}" for c in synthvqa.COLOURS for k in (*synthvqa.SHAPES, "sign", "bar")),
+    *(f"{k} field" for k in synthvqa.KEYS),
+]
 GLYPHS = [" ", *sorted(set(synthvqa.LETTERS + synthvqa.DIGITS))]
 IGNORE = -100
 VISUAL_TOKENS = 5 * GRID * GRID + SIZE // build.PATCH
@@ -46,15 +51,19 @@ class Stage:
     steps: int
     images: int
     rate: float
-    encoder_rate: float
+    encoder_rate: float = 0.0
     decay: bool = True
     """Whether the rates fall along a cosine; a stage that another one continues keeps its peak."""
+    captions: float = 0.0
+    """Share of the images that are described too."""
+    zeros: float = 1.0
+    """Share of the counting questions kept whose answer is 0, the most frequent one by far."""
 
 
 STAGES = (
     Stage("encoder", 2000, 24, rate=1e-3, encoder_rate=1e-3),
-    Stage("connect", 1500, 32, rate=1e-3, encoder_rate=0.0, decay=False),
-    Stage("vlm", 1800, 32, rate=1e-3, encoder_rate=1e-4),
+    Stage("connect", 750, 32, rate=1e-3, decay=False, captions=0.5),
+    Stage("vlm", 2000, 32, rate=1e-3, captions=0.1, zeros=0.5),
 )
 
 
@@ -134,24 +143,25 @@ class EncoderHeads(nn.Module):
         self.count = nn.Linear(width, len(synthvqa.SHAPES) * 6)
 
     def forward(self, tower: nn.Module, scenes: list[Scene]) -> tuple[Tensor, dict[str, float]]:
-        values = pixels([scene.draw() for scene in scenes])
+        device = self.patch.weight.device
+        values = pixels([scene.draw() for scene in scenes]).to(device)
         out = tower(values.flatten(0, 1), output_hidden_states=True)
         patches = out.hidden_states[-2][:, 1:]
-        targets = torch.from_numpy(np.stack([patch_targets(scene) for scene in scenes])).flatten(0, 1)
+        targets = torch.from_numpy(np.stack([patch_targets(scene) for scene in scenes])).flatten(0, 1).to(device)
         logits = self.patch(patches).float().split([len(OWNERS), len(GLYPHS), 5], dim=-1)
-        loss = torch.zeros(())
+        loss = torch.zeros((), device=device)
         stats = {}
         for name, index, part in zip(("owner", "glyph", "place"), range(3), logits, strict=True):
             target = targets[..., index].flatten()
-            weight = torch.ones(part.shape[-1])
+            weight = torch.ones(part.shape[-1], device=device)
             weight[0] = 0.2
             loss = loss + F.cross_entropy(part.flatten(0, 1), target, weight, ignore_index=IGNORE)
             there = target > 0
             stats[name] = (part.flatten(0, 1).argmax(-1)[there] == target[there]).float().mean().item()
-        captions = torch.from_numpy(np.stack([caption_targets(scene) for scene in scenes])).flatten(0, 1)
+        captions = torch.from_numpy(np.stack([caption_targets(scene) for scene in scenes])).flatten(0, 1).to(device)
         loss = loss + 10 * F.binary_cross_entropy_with_logits(self.caption(out.pooler_output).float(), captions)
         thumbnails = patches.unflatten(0, (len(scenes), 5))[:, 0].mean(1)
-        counts = torch.tensor([count_targets(scene) for scene in scenes])
+        counts = torch.tensor([count_targets(scene) for scene in scenes], device=device)
         predicted = self.count(thumbnails).float().unflatten(-1, (len(synthvqa.SHAPES), 6))
         loss = loss + F.cross_entropy(predicted.flatten(0, 1), counts.flatten())
         stats["count"] = (predicted.argmax(-1) == counts).float().mean().item()
@@ -174,24 +184,25 @@ class Dialogues:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def sequence(self, scene: Scene, rng: random.Random, captions: float) -> tuple[list[int], list[int]]:
-        turns = [(q.text, q.answers[0]) for q in scene.questions]
+    def sequence(self, scene: Scene, rng: random.Random, stage: Stage) -> tuple[list[int], list[int]]:
+        asked = [q for q in scene.questions if q.answers[0] != "0" or rng.random() < stage.zeros]
+        turns = [(q.text, q.answers[0]) for q in asked]
         rng.shuffle(turns)
-        if rng.random() < captions:
+        if rng.random() < stage.captions:
             turns.insert(rng.randint(0, 2), ("Describe the image.", scene.caption()))
         ids, labels = list(self.newline), [IGNORE] * len(self.newline)
         for question, answer in turns:
             if question not in self.known:
                 self.known[question] = self.encode(f"{question}\n")
-            asked, told = self.known[question], [*self.encode(answer), self.eos]
-            if len(ids) + len(asked) + len(told) > self.longest:
+            prompt, told = self.known[question], [*self.encode(answer), self.eos]
+            if len(ids) + len(prompt) + len(told) > self.longest:
                 continue
-            ids += [*asked, *told, *self.newline]
-            labels += [IGNORE] * len(asked) + told + [IGNORE] * len(self.newline)
+            ids += [*prompt, *told, *self.newline]
+            labels += [IGNORE] * len(prompt) + told + [IGNORE] * len(self.newline)
         return ids, labels
 
-    def batch(self, scenes: list[Scene], rng: random.Random, captions: float) -> dict[str, Tensor]:
-        rows = [self.sequence(scene, rng, captions) for scene in scenes]
+    def batch(self, scenes: list[Scene], rng: random.Random, stage: Stage) -> dict[str, Tensor]:
+        rows = [self.sequence(scene, rng, stage) for scene in scenes]
         width = max(len(ids) for ids, _ in rows)
         head = [self.bos] + [self.image] * VISUAL_TOKENS
         ids = [head + ids + [self.pad] * (width - len(ids)) for ids, _ in rows]
@@ -232,8 +243,9 @@ class Trainer:
     def __init__(self, out: Path, stages: Iterable[Stage], seed: int = 0, log_every: int = 25, save_every: int = 250):
         self.out, self.stages, self.seed, self.log_every, self.save_every = out, list(stages), seed, log_every, save_every
         out.mkdir(parents=True, exist_ok=True)
-        self.model: Any = build.model(seed)
-        self.heads = EncoderHeads(self.model.config.vision_config.hidden_size)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model: Any = build.model(seed).to(self.device)
+        self.heads = EncoderHeads(self.model.config.vision_config.hidden_size).to(self.device)
         self.dialogues = Dialogues()
         self.seconds = 0.0
 
@@ -254,9 +266,8 @@ class Trainer:
         scenes = [synthvqa.scene("train", first + k) for k in range(stage.images)]
         if stage.name == "encoder":
             return self.heads(self.tower, scenes)
-        captions = 0.5 if stage.name == "connect" else 0.1
-        batch = self.dialogues.batch(scenes, random.Random(f"{self.seed}/{stage.name}/{step}"), captions)
-        return answer_loss(self.model, batch)
+        batch = self.dialogues.batch(scenes, random.Random(f"{self.seed}/{stage.name}/{step}"), stage)
+        return answer_loss(self.model, {name: value.to(self.device) for name, value in batch.items()})
 
     def run(self) -> None:
         for number, stage in enumerate(self.stages):
@@ -266,18 +277,19 @@ class Trainer:
             self.run_stage(stage)
             self.save(stage, None, stage.steps)
             (self.out / f"{stage.name}.done").touch()
-            print(f"stage {number + 1}/{len(self.stages)} ({stage.name}) done after {self.seconds / 60:.1f} minutes", flush=True)
+            print(
+                f"stage {number + 1}/{len(self.stages)} ({stage.name}) done after {self.seconds / 60:.1f} minutes", flush=True
+            )
 
     def run_stage(self, stage: Stage) -> None:
         optimizer = self.optimizer(stage)
         first = self.restore(stage, optimizer)
-        for p in self.tower.parameters():
-            p.requires_grad_(stage.encoder_rate > 0)
+        self.tower.requires_grad_(stage.encoder_rate > 0)
         for step in range(first, stage.steps):
             start = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate_at(step, stage)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(self.device.type, torch.bfloat16):
                 loss, stats = self.loss(stage, step)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -294,7 +306,9 @@ class Trainer:
         row = {"stage": stage.name, "step": step, "minutes": round(self.seconds / 60, 2), "loss": round(loss, 4)}
         with (self.out / "curve.csv").open("a", newline="") as file:
             csv.writer(file).writerow([*row.values(), json.dumps({k: round(v, 4) for k, v in stats.items()})])
-        print(" ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in {**row, **stats}.items()), flush=True)
+        print(
+            " ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in {**row, **stats}.items()), flush=True
+        )
 
     def save(self, stage: Stage, optimizer: torch.optim.Optimizer | None, step: int) -> None:
         state = {
@@ -306,16 +320,33 @@ class Trainer:
         }
         partial = self.out / f"{stage.name}.pt.part"
         torch.save(state, partial)
-        os.replace(partial, self.out / f"{stage.name}.pt")
+        partial.replace(self.out / f"{stage.name}.pt")
 
     def restore(self, stage: Stage, optimizer: torch.optim.Optimizer | None) -> int:
         path = self.out / f"{stage.name}.pt"
         if not path.exists():
             return 0
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         if optimizer and state["optimizer"]:
             optimizer.load_state_dict(state["optimizer"])
         self.seconds = state["seconds"]
         return state["step"]
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder of checkpoints and of the curve; a run that was cut off goes on there.")],
+    seed: Annotated[int, typer.Option(help="Seed of the weights and of the order of the questions.")] = 0,
+    export_to: Annotated[Path | None, typer.Option("--export", help="Where to write the trained model.")] = None,
+) -> None:
+    """Train TinyVLM on SynthVQA."""
+    trainer = Trainer(out, STAGES, seed)
+    trainer.run()
+    folder = export_to or out / "model"
+    export(trainer.model.cpu(), folder)
+    print(f"TinyVLM is in {folder}, after {trainer.seconds / 60:.0f} minutes of training")
+
+
+if __name__ == "__main__":
+    typer.run(main)
