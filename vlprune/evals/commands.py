@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import shlex
 import sys
 import time
@@ -130,7 +129,9 @@ def _budget(text: str) -> float | int:
 def _load(model: str, device: str, threads: int | None) -> tuple[Any, Any, str]:
     """Model, processor, and what is appended to each question so that answers come out short."""
     import torch
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()
     if threads:
         torch.set_num_threads(threads)
     if device == "auto":
@@ -138,6 +139,7 @@ def _load(model: str, device: str, threads: int | None) -> tuple[Any, Any, str]:
     if model == TINYVLM:
         from vlprune.evals import tinyvlm
 
+        logging.disable_progress_bar()
         loaded, processor = tinyvlm.load()
         return loaded.to(device), processor, ""
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -272,11 +274,6 @@ def list_models() -> None:
     import vlprune
 
     table = Table("family", "model types", "stages")
-    for model in vlprune.supported_models():
-        table.add_row(*(_cell(model, key) for key in ("family", "model_types", "stages")))
+    for family in vlprune.supported_models():
+        table.add_row(family.name, ", ".join(family.model_types), ", ".join(family.stages))
     Console(highlight=False).print(table)
-
-
-def _cell(entry: Any, key: str) -> str:
-    value = entry.get(key, "") if isinstance(entry, dict) else getattr(entry, key, "")
-    return value if isinstance(value, str) else ", ".join(value) if not isinstance(value, dict) else json.dumps(value)

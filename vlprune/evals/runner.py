@@ -241,7 +241,9 @@ class _Runner:
             message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
             prompts.append(self.processor.apply_chat_template([message], add_generation_prompt=True))
         images = [example.image for example in batch]
-        inputs = self.processor(images=images, text=prompts, padding=True, padding_side="left", return_tensors="pt")
+        # LLaVA takes no token types, yet with transformers 4 a tokenizer returns them unless it was saved without.
+        options = {"padding": True, "padding_side": "left", "return_token_type_ids": False, "return_tensors": "pt"}
+        inputs = self.processor(images=images, text=prompts, **options)
         return inputs.to(self.model.device, dtype=self.model.dtype)
 
     def _visual_tokens(self, setting: Setting, inputs: Any) -> tuple[list[int], list[int]]:
