@@ -1,0 +1,38 @@
+"""``import vlprune`` is cheap."""
+
+import subprocess
+import sys
+
+LIMIT = 0.1
+TRIES = 5
+HEAVY = ("triton", "gradio", "datasets", "matplotlib", "typer", "rich", "timm", "peft")
+
+ADDED_SECONDS = """
+import time, torch, transformers
+started = time.perf_counter()
+import vlprune
+print(time.perf_counter() - started)
+"""
+ADDED_MODULES = f"""
+import sys, torch, transformers
+before = set(sys.modules)
+import vlprune
+print(*(name for name in {HEAVY!r} if name in sys.modules and name not in before))
+"""
+
+
+def python(program: str) -> str:
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_import_is_quick() -> None:
+    seconds = []
+    for _ in range(TRIES):  # the best of several: other processes on the machine only ever slow it down
+        seconds.append(float(python(ADDED_SECONDS)))
+        if seconds[-1] < LIMIT:
+            return
+    raise AssertionError(f"import vlprune adds {min(seconds):.3f} s at best, {LIMIT} s are allowed: {seconds}")
+
+
+def test_import_pulls_in_no_extra() -> None:
+    assert python(ADDED_MODULES) == ""
