@@ -176,6 +176,22 @@ def test_samples_of_equal_length_with_unequal_images(model):
     assert_equal(pruned, expected)
 
 
+def test_a_prompt_that_ends_with_an_image(model, family):
+    """Its answer is predicted by the last token that is kept."""
+    inputs = {k: v[:, :-9] if k in ("input_ids", "attention_mask") else v for k, v in ask(family).items()}
+    assert inputs["input_ids"][0, -1] == zoo.IMAGE
+    with vlprune.applied(model, "random", budget=0.1, seed=2), torch.no_grad():
+        pruned = zoo.generate(model, inputs, new_tokens=4)
+        hidden = hidden_positions(inputs, vlprune.report(model))
+    assert hidden[0, -1]
+    last = int((~hidden[0]).nonzero()[-1])
+    with masked(model, inputs, hidden), torch.no_grad():
+        torch.testing.assert_close(pruned.raw[:, 0], model(**inputs).logits[:, last], atol=1e-9, rtol=0)
+        answered = {**inputs, "input_ids": pruned.sequences, "attention_mask": torch.ones_like(pruned.sequences)}
+        logits = model(**answered).logits[:, -4:-1]
+    torch.testing.assert_close(pruned.raw[:, 1:], logits, atol=1e-9, rtol=0)
+
+
 # ------------------------------------------------------------------ caches that live on
 
 

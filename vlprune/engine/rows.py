@@ -41,11 +41,16 @@ def take(tensor: Tensor, rows: Tensor, dim: int) -> Tensor:
 
 
 def put(tensor: Tensor, rows: Tensor, length: int) -> Tensor:
-    """The inverse of :func:`take` along dimension 1: ``(B, n, D)`` back to ``(B, length, D)``, zeros where no row was."""
-    index = torch.where(rows < 0, length, rows).to(tensor.device)
-    full = tensor.new_zeros(tensor.shape[0], length + 1, *tensor.shape[2:])
-    index = index.view(*index.shape, *[1] * (tensor.ndim - 2)).expand_as(tensor)
-    return full.scatter(1, index, tensor)[:, :length]
+    """The inverse of :func:`take` along dimension 1: ``(B, n, D)`` back to ``(B, length, D)``.
+
+    A dropped position gets the row kept last before it, zeros if there is none: what follows a dropped token, the answer
+    to a prompt that ends with an image for one, is predicted by the last token that is there.
+    """
+    rows = rows.to(tensor.device)
+    alive = rows.new_zeros(rows.shape[0], length + 1).scatter(1, torch.where(rows < 0, length, rows), 1)[:, :length]
+    seen = alive.cumsum(1)
+    full = take(tensor, rows.shape[1] - seen[:, -1:] + seen - 1, 1)
+    return full.masked_fill((seen == 0).view(*seen.shape, *[1] * (tensor.ndim - 2)), 0)
 
 
 class RowMap:
