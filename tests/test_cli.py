@@ -114,7 +114,7 @@ def test_failures_are_told(folder: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_interrupt_says_what_is_kept_and_goes_on(folder: str, tmp_path: Path):
-    command = [sys.executable, "-m", "vlprune.cli", *few(folder, tmp_path, "--samples", "96", "--threads", "1")]
+    command = [sys.executable, "-m", "vlprune.cli", *few(folder, tmp_path, "--samples", "60", "--threads", "1")]
     environment = os.environ | WIDE | {"PYTHONPATH": str(Path(vlprune.__file__).parents[1])}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     rows = tmp_path / "rows.jsonl"
@@ -127,10 +127,20 @@ def test_interrupt_says_what_is_kept_and_goes_on(folder: str, tmp_path: Path):
     kept = len(runner.read_rows(tmp_path))
     assert f"{kept} rows are kept" in output
     assert "Traceback" not in output
-    assert 0 < kept < 192
+    assert 0 < kept < 120
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
-    assert "192/192 samples" in done.stdout
-    assert len(runner.read_rows(tmp_path)) == 192
+    assert "120/120 samples" in done.stdout
+    assert len(runner.read_rows(tmp_path)) == 120
+
+
+def test_interrupt_before_the_first_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "_load", interrupted)
+    result = invoke("eval", "--out", str(tmp_path))
+    assert result.exit_code == 130
+    assert "Traceback" not in result.output
 
 
 def test_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch):

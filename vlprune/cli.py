@@ -6,6 +6,8 @@ import importlib.util
 import sys
 
 NEEDED = ("typer", "rich", "matplotlib", "PIL")
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C ended, as shells have it."""
 
 
 def main() -> None:
@@ -13,8 +15,10 @@ def main() -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(f'vlprune: the command line needs {", ".join(missing)}: pip install "vlprune[evals]"')
-    from vlprune.evals.commands import app
-
+    try:
+        from vlprune.evals.commands import app
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
     app(prog_name="vlprune")
 
 

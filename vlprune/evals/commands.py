@@ -31,6 +31,7 @@ TINYVLM = "tinyvlm"
 PLAIN_INTERVAL = 20.0
 """Seconds between two lines of progress where no terminal shows a bar."""
 BAD_INPUT, INTERRUPTED = 2, 130
+"""Exit codes."""
 P = ParamSpec("P")
 
 
@@ -40,7 +41,7 @@ def _options() -> None:
 
 
 def clear_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """Errors that vlprune raises on purpose become one red line and exit code 2."""
+    """Errors that vlprune raises on purpose become one red line and exit code 2; Ctrl-C exits with 130."""
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -51,6 +52,8 @@ def clear_errors(command: Callable[P, None]) -> Callable[P, None]:
                 f"[red]vlprune: {escape(' '.join(str(error).split()))}[/red]"
             )
             raise typer.Exit(BAD_INPUT) from error
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
 
     return wrapped
 
