@@ -1,10 +1,11 @@
-"""Trains TinyVLM on SynthVQA, in three stages; resumes from its last checkpoint.
+"""Trains TinyVLM on SynthVQA, in two stages; resumes from its last checkpoint.
 
 1. ``encoder``: every patch of layer -2 predicts what lies under it (whose it is, which character, the how-manieth), and
    [CLS] predicts the words and characters of its tile's caption, so that its attention goes to what a caption mentions.
-2. ``connect``: projector and LLM learn on the frozen encoder. All questions of an image stand in one sequence, every
-   other one with a caption; the loss is on the answers.
-3. ``vlm``: the same with fewer captions and falling rates. The encoder stays frozen, so its [CLS] keeps its meaning.
+2. ``vlm``: projector and LLM learn on the frozen encoder, whose [CLS] so keeps its meaning. All questions of an image stand
+   in one sequence, some images are described too; the loss is on the answers, and on where two heads of the middle layers
+   look while they give them. Without the latter the model needs many times the steps to find out that the words of a
+   question name a place in the image.
 
 Usage: ``python -m vlprune.evals.tinyvlm.train --out runs/tinyvlm``
 """
@@ -17,7 +18,7 @@ import math
 import random
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vlprune.evals import synthvqa
-from vlprune.evals.synthvqa import SIZE, TILE, Scene
+from vlprune.evals.synthvqa import SIZE, TILE, Question, Scene
 from vlprune.evals.tinyvlm import build
 from vlprune.evals.tinyvlm.export import export
 
@@ -41,6 +42,7 @@ OWNERS = [
     *(f"{k} field" for k in synthvqa.KEYS),
 ]
 GLYPHS = [" ", *sorted(set(synthvqa.LETTERS + synthvqa.DIGITS))]
+LEARNT = [*synthvqa.KINDS, "caption"]
 IGNORE = -100
 VISUAL_TOKENS = 5 * GRID * GRID + SIZE // build.PATCH
 
@@ -52,18 +54,17 @@ class Stage:
     images: int
     rate: float
     encoder_rate: float = 0.0
-    decay: bool = True
-    """Whether the rates fall along a cosine; a stage that another one continues keeps its peak."""
     captions: float = 0.0
     """Share of the images that are described too."""
     zeros: float = 1.0
     """Share of the counting questions kept whose answer is 0, the most frequent one by far."""
+    pointing: float = 0.0
+    """Weight of the loss on where two heads of the middle layers look while they answer."""
 
 
 STAGES = (
     Stage("encoder", 2000, 24, rate=1e-3, encoder_rate=1e-3),
-    Stage("connect", 750, 32, rate=1e-3, decay=False, captions=0.5),
-    Stage("vlm", 2000, 32, rate=1e-3, captions=0.1, zeros=0.5),
+    Stage("vlm", 1600, 32, rate=1e-3, captions=0.2, zeros=0.5, pointing=0.5),
 )
 
 
@@ -184,57 +185,152 @@ class Dialogues:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def sequence(self, scene: Scene, rng: random.Random, stage: Stage) -> tuple[list[int], list[int]]:
-        asked = [q for q in scene.questions if q.answers[0] != "0" or rng.random() < stage.zeros]
-        turns = [(q.text, q.answers[0]) for q in asked]
-        rng.shuffle(turns)
+    def sequence(self, scene: Scene, rng: random.Random, stage: Stage) -> Sequence:
+        questions = [q for q in scene.questions if q.answers[0] != "0" or rng.random() < stage.zeros]
+        rng.shuffle(questions)
         if rng.random() < stage.captions:
-            turns.insert(rng.randint(0, 2), ("Describe the image.", scene.caption()))
-        ids, labels = list(self.newline), [IGNORE] * len(self.newline)
-        for question, answer in turns:
-            if question not in self.known:
-                self.known[question] = self.encode(f"{question}\n")
-            prompt, told = self.known[question], [*self.encode(answer), self.eos]
-            if len(ids) + len(prompt) + len(told) > self.longest:
+            questions.insert(rng.randint(0, 2), Question("caption", "Describe the image.", (scene.caption(),)))
+        out = Sequence([self.bos] + [self.image] * VISUAL_TOKENS + self.newline)
+        for question in questions:
+            if question.text not in self.known:
+                self.known[question.text] = self.encode(f"{question.text}\n")
+            prompt, told = self.known[question.text], [*self.encode(question.answers[0]), self.eos]
+            if len(out.ids) + len(prompt) + len(told) > VISUAL_TOKENS + self.longest:
                 continue
-            ids += [*prompt, *told, *self.newline]
-            labels += [IGNORE] * len(prompt) + told + [IGNORE] * len(self.newline)
-        return ids, labels
+            first = len(out.ids) + len(prompt)
+            out.ids += [*prompt, *told, *self.newline]
+            out.answers += [(first + k, question.kind) for k in range(len(told))]
+            out.pointers += [(first + k - 1, places) for k, places in enumerate(pointed_at(scene, question))]
+        return out
 
     def batch(self, scenes: list[Scene], rng: random.Random, stage: Stage) -> dict[str, Tensor]:
+        """``pointing (B, R)``: positions that predict an answer's token, -1 as filler; ``places (B, R, visual tokens)``:
+        1 where the answer can be seen."""
         rows = [self.sequence(scene, rng, stage) for scene in scenes]
-        width = max(len(ids) for ids, _ in rows)
-        head = [self.bos] + [self.image] * VISUAL_TOKENS
-        ids = [head + ids + [self.pad] * (width - len(ids)) for ids, _ in rows]
-        labels = [[IGNORE] * len(head) + labels + [IGNORE] * (width - len(labels)) for _, labels in rows]
+        width, most = max(len(row.ids) for row in rows), max(len(row.pointers) for row in rows)
+        labels = torch.full((len(rows), width), IGNORE)
+        kinds = torch.zeros(len(rows), width, dtype=torch.long)
+        pointing = torch.full((len(rows), most), -1)
+        places = torch.zeros(len(rows), most, VISUAL_TOKENS)
+        for i, row in enumerate(rows):
+            for position, kind in row.answers:
+                labels[i, position], kinds[i, position] = row.ids[position], LEARNT.index(kind)
+            for k, (position, seen) in enumerate(row.pointers):
+                pointing[i, k], places[i, k, seen] = position, 1
         return {
-            "input_ids": torch.tensor(ids),
-            "labels": torch.tensor(labels),
+            "input_ids": torch.tensor([row.ids + [self.pad] * (width - len(row.ids)) for row in rows]),
+            "labels": labels,
+            "kinds": kinds,
+            "pointing": pointing,
+            "places": places,
             "pixel_values": pixels([scene.draw() for scene in scenes]),
             "image_sizes": torch.tensor([[SIZE, SIZE]] * len(scenes)),
         }
 
 
-def answer_loss(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-    """Cross-entropy of the answers' tokens. Right padding needs no mask under causal attention: nothing looks at it."""
-    labels = batch.pop("labels")
+@dataclass
+class Sequence:
+    """``answers``: positions of the answers' tokens and their question's kind. ``pointers``: positions that predict such a
+    token, and the visual tokens that show it."""
+
+    ids: list[int]
+    answers: list[tuple[int, str]] = field(default_factory=list)
+    pointers: list[tuple[int, list[int]]] = field(default_factory=list)
+
+
+def pointed_at(scene: Scene, question: Question) -> list[list[int]]:
+    """For each token of an answer, the visual tokens (from 0) that show it: a character, or what the question is about."""
+    if question.kind in ("text", "form", "chart"):
+        item = next((i for i in scene.items if i.text and i.text == question.answers[0] and i.name in question.text), None)
+        return [_visual_tokens(box, thumbnail=False) for box in item.glyphs] if item else []
+    plurals = {i: "crosses" if i.kind == "cross" else f"{i.kind}s" for i in scene.items}
+    about = [i for i in scene.items if i.phrase in question.text or plurals[i] in question.text]
+    about = about or [i for i in scene.items if f"colour is the {i.kind}" in question.text]
+    seen = sorted({place for item in about for place in _visual_tokens(item.box)})
+    return [seen] if seen else []
+
+
+def _visual_tokens(box: synthvqa.Box, thumbnail: bool = True) -> list[int]:
+    """Visual tokens, in the order of the prompt, whose centre lies in ``box``."""
+    width = SIZE // build.PATCH + 1
+    seen = []
+    for tile, scale, origin in _views():
+        rows, columns = _patches(box, scale, origin)
+        for row in range(rows.start, rows.stop):
+            for column in range(columns.start, columns.stop):
+                if tile:
+                    down, right = origin[1] // build.PATCH + row, origin[0] // build.PATCH + column
+                    seen.append(GRID * GRID + down * width + right)
+                elif thumbnail:
+                    seen.append(row * GRID + column)
+    return seen
+
+
+class Pointers:
+    """Measures how much two heads of some layers look at the visual tokens that show an answer."""
+
+    HEADS = 2
+
+    def __init__(self, layers: list[Any]):
+        self.losses: list[Tensor] = []
+        self.pointing: Tensor | None = None
+        self.places: Tensor | None = None
+        for layer in layers:
+            layer.self_attn.register_forward_pre_hook(self._measure, with_kwargs=True)
+
+    def _measure(self, attention: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if self.pointing is None or self.places is None:
+            return
+        hidden, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
+        width = self.HEADS * attention.head_dim
+        rows = self.pointing.clamp(min=0)
+        asking = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[2]))
+        query = F.linear(asking, attention.q_proj.weight[:width]).unflatten(-1, (self.HEADS, -1)).float()
+        key = F.linear(hidden, attention.k_proj.weight[:width]).unflatten(-1, (self.HEADS, -1)).float()
+        query = _rotated(query, cos[0][rows][:, :, None], sin[0][rows][:, :, None])
+        key = _rotated(key, cos[:, :, None], sin[:, :, None])
+        scores = torch.einsum("brhd,blhd->bhrl", query, key) * attention.scaling
+        future = torch.arange(hidden.shape[1], device=hidden.device) > rows[..., None]
+        seen = scores.masked_fill(future[:, None], -torch.inf).softmax(-1)[..., 1 : VISUAL_TOKENS + 1]
+        mass = (seen * self.places[:, None]).sum(-1)
+        valid = (self.pointing >= 0)[:, None].expand_as(mass)
+        self.losses.append(-mass[valid].clamp(min=1e-6).log().mean())
+
+    def loss(self) -> Tensor:
+        losses, self.losses = self.losses, []
+        return torch.stack(losses).mean()
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding, halves rotated as Llama does it."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+def answer_loss(model: Any, pointers: Pointers, batch: dict[str, Tensor], weight: float) -> tuple[Tensor, dict[str, float]]:
+    """Cross-entropy of the answers' tokens, and ``weight`` times that of where to look.
+
+    Right padding needs no mask under causal attention: nothing looks at it.
+    """
+    labels, kinds = batch.pop("labels")[:, 1:], batch.pop("kinds")[:, 1:]
+    pointers.pointing, pointers.places = batch.pop("pointing"), batch.pop("places")
     hidden = model.model(**batch, use_cache=False).last_hidden_state[:, :-1]
-    wanted = labels[:, 1:]
-    there = wanted != IGNORE
+    there = labels != IGNORE
     logits = model.lm_head(hidden[there]).float()
-    loss = F.cross_entropy(logits, wanted[there])
-    return loss, {"token accuracy": (logits.argmax(-1) == wanted[there]).float().mean().item()}
+    right = logits.argmax(-1) == labels[there]
+    stats = {kind: right[kinds[there] == k].float().mean().item() for k, kind in enumerate(LEARNT)}
+    looking = pointers.loss()
+    stats["looking"] = looking.item()
+    return F.cross_entropy(logits, labels[there]) + weight * looking, stats
 
 
 # ------------------------------------------------------------------ the loop
 
 
 def rate_at(step: int, stage: Stage, warm: int = 100) -> float:
-    """Share of the peak rate: linear rise, then flat or a cosine fall to 2 %."""
+    """Share of the peak rate: linear rise, cosine fall to 2 %."""
     if step < warm:
         return (step + 1) / warm
-    if not stage.decay:
-        return 1.0
     steps = stage.steps
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
@@ -247,6 +343,7 @@ class Trainer:
         self.model: Any = build.model(seed).to(self.device)
         self.heads = EncoderHeads(self.model.config.vision_config.hidden_size).to(self.device)
         self.dialogues = Dialogues()
+        self.pointers = Pointers(self.model.model.language_model.layers[2:4])
         self.seconds = 0.0
 
     @property
@@ -267,7 +364,8 @@ class Trainer:
         if stage.name == "encoder":
             return self.heads(self.tower, scenes)
         batch = self.dialogues.batch(scenes, random.Random(f"{self.seed}/{stage.name}/{step}"), stage)
-        return answer_loss(self.model, {name: value.to(self.device) for name, value in batch.items()})
+        batch = {name: value.to(self.device) for name, value in batch.items()}
+        return answer_loss(self.model, self.pointers, batch, stage.pointing)
 
     def run(self) -> None:
         for number, stage in enumerate(self.stages):

@@ -1,0 +1,38 @@
+"""The docs keep up with the code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import vlprune
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def test_every_built_in_method_has_a_page_that_names_its_options():
+    import dataclasses
+
+    for name, method in vlprune.methods().items():
+        if method.__module__.startswith("vlprune."):
+            page = (ROOT / "docs" / "methods" / f"{name}.md").read_text()
+            for field in dataclasses.fields(method):
+                assert field.name in page, f"{name}: {field.name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        if not target.startswith(("http://", "https://")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_layers_of_architecture_exist():
+    """Each file that docs/architecture.md names is there."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for name in re.findall(r"`((?:engine/)?\w+\.py)`", text):
+        found = [*(ROOT / "vlprune").rglob(name.rpartition("/")[2]), *(ROOT / "tests").rglob(name)]
+        assert found, name
