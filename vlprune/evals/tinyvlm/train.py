@@ -2,7 +2,7 @@
 
 1. ``encoder``: every patch of layer -2 predicts what lies under it (whose it is, which character, the how-manieth), and
    [CLS] predicts the words and characters of its tile's caption, so that its attention goes to what a caption mentions.
-2. ``vlm``: projector and LLM learn on the frozen encoder, whose [CLS] so keeps its meaning. All questions of an image stand
+2. ``vlm``: projector and LLM learn, on the frozen encoder first, then along with it. All questions of an image stand
    in one sequence, some images are described too; the loss is on the answers, and on where two heads of the middle layers
    look while they give them. Without the latter the model needs many times the steps to find out that the words of a
    question name a place in the image.
@@ -54,6 +54,8 @@ class Stage:
     images: int
     rate: float
     encoder_rate: float = 0.0
+    unfreeze: int = 0
+    """Step from which the encoder learns along."""
     captions: float = 0.0
     """Share of the images that are described too."""
     zeros: float = 1.0
@@ -64,7 +66,7 @@ class Stage:
 
 STAGES = (
     Stage("encoder", 2000, 24, rate=1e-3, encoder_rate=1e-3),
-    Stage("vlm", 1600, 32, rate=1e-3, captions=0.2, zeros=0.5, pointing=0.5),
+    Stage("vlm", 1300, 32, rate=1e-3, encoder_rate=2e-4, unfreeze=500, captions=0.2, zeros=0.5, pointing=0.5),
 )
 
 
@@ -382,8 +384,8 @@ class Trainer:
     def run_stage(self, stage: Stage) -> None:
         optimizer = self.optimizer(stage)
         first = self.restore(stage, optimizer)
-        self.tower.requires_grad_(stage.encoder_rate > 0)
         for step in range(first, stage.steps):
+            self.tower.requires_grad_(stage.encoder_rate > 0 and step >= stage.unfreeze)
             start = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate_at(step, stage)
