@@ -118,11 +118,11 @@ def test_interrupt_says_what_is_kept_and_goes_on(folder: str, tmp_path: Path):
     environment = os.environ | WIDE | {"PYTHONPATH": str(Path(vlprune.__file__).parents[1])}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     rows = tmp_path / "rows.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (rows.exists() and rows.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 130, output
     kept = len(runner.read_rows(tmp_path))
     assert f"{kept} rows are kept" in output

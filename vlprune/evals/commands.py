@@ -66,7 +66,7 @@ def clear_errors(command: Callable[P, None]) -> Callable[P, None]:
 def evaluate(
     methods: Annotated[str, typer.Option(help="Methods, with commas between; 'none' is the unpruned model.")] = METHODS,
     budgets: Annotated[str, typer.Option(help="Fractions (0.2) or counts (64) of visual tokens an image keeps.")] = BUDGETS,
-    samples: Annotated[int, typer.Option(min=1, help="Questions of the SynthVQA test split.")] = 480,
+    samples: Annotated[int, typer.Option(min=1, help="Questions of the SynthVQA test split.")] = 600,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     out: Annotated[Path, typer.Option(help="Folder for rows, summary, table and picture.")] = Path("results/eval"),
     model: Annotated[str, typer.Option(help="'tinyvlm', or a LLaVA or LLaVA-NeXT model: hub id or folder.")] = TINYVLM,

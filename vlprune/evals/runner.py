@@ -102,6 +102,7 @@ def run(
     Raises :class:`RunMismatchError` where ``out`` holds rows of another model, data, machine or version, and what
     ``vlprune.apply`` raises where a setting is not possible, both before anything is measured.
     """
+    settings = _distinct(settings)
     _check_settings(model, settings)
     out.mkdir(parents=True, exist_ok=True)
     generation = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "instruction": instruction}
@@ -110,20 +111,19 @@ def run(
     batches = make_batches(processor, examples, batch_size)
     rows = journal.complete_rows(batches)
     runner = _Runner(model, processor, max_new_tokens, instruction)
-    total = len(examples) * len(settings)
-    wanted_rows: list[Row] = []
-    resumed = done = sum(len(rows.get((s.label, i), ())) for s in settings for i in range(len(batches)))
-    for setting in settings:
-        missing = [i for i in range(len(batches)) if (setting.label, i) not in rows]
-        with runner.prepared(setting, batches[missing[0]] if missing else None):
-            for index in missing:
-                rows[setting.label, index] = runner.answer(setting, index, batches[index])
-                journal.append(rows[setting.label, index])
-                done += len(batches[index])
-                if progress:
-                    progress(Progress(setting, done, total, resumed))
-        wanted_rows += [row for i in range(len(batches)) for row in rows[setting.label, i]]
-    return wanted_rows
+    # Settings take turns on each batch: whatever else the machine does meanwhile slows all of them alike.
+    cells = [(setting, index) for index in range(len(batches)) for setting in settings]
+    resumed = done = sum(len(rows.get((setting.label, index), ())) for setting, index in cells)
+    for setting, index in cells:
+        key, batch = (setting.label, index), batches[index]
+        if key in rows:
+            continue
+        rows[key] = runner.answer(setting, index, batch)
+        journal.append(rows[key])
+        done += len(batch)
+        if progress:
+            progress(Progress(setting, done, len(examples) * len(settings), resumed))
+    return [row for setting in settings for index in range(len(batches)) for row in rows[setting.label, index]]
 
 
 def _check_settings(model: Any, settings: Sequence[Setting]) -> None:
@@ -170,28 +170,27 @@ class _Runner:
     processor: Any
     max_new_tokens: int
     instruction: str
+    warm: set[str] = field(default_factory=set)
     unpruned_costs: dict[tuple, tuple[float, float]] = field(default_factory=dict)
 
-    @contextlib.contextmanager
-    def prepared(self, setting: Setting, warm_up: list[Example] | None) -> Iterator[None]:
-        """The model under ``setting``, after one batch that is not recorded."""
-        if warm_up is None:
-            yield
-            return
-        with _patched(self.model, setting):
-            # A batch that fails is recorded when its turn comes.
-            with contextlib.suppress(Exception):
-                self._generate(warm_up)
-            yield
-
     def answer(self, setting: Setting, index: int, batch: list[Example]) -> list[Row]:
-        """The rows of one batch; where it fails as a whole, each sample is tried alone and failures are recorded."""
+        """The rows of one batch under a setting, which on its first turn answers the batch once without being recorded."""
+        with _patched(self.model, setting):
+            if setting.label not in self.warm:
+                self.warm.add(setting.label)
+                # A batch that fails is recorded below.
+                with contextlib.suppress(Exception):
+                    self._generate(batch)
+            return self._answer(setting, index, batch)
+
+    def _answer(self, setting: Setting, index: int, batch: list[Example]) -> list[Row]:
+        """Where a batch fails as a whole, each sample is tried alone and failures are recorded."""
         try:
             return self._measure(setting, index, batch)
         except Exception as error:
             if len(batch) == 1:
                 return [_row(setting, index, batch[0], error=f"{type(error).__name__}: {error}")]
-            return [row for example in batch for row in self.answer(setting, index, [example])]
+            return [row for example in batch for row in self._answer(setting, index, [example])]
 
     def _measure(self, setting: Setting, index: int, batch: list[Example]) -> list[Row]:
         inputs, answers, times = self._generate(batch)
