@@ -1,0 +1,267 @@
+"""Errors say what was given, what is allowed and what to do, and the model is as it was before."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPVisionConfig,
+    DynamicCache,
+    EncoderDecoderCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+)
+
+import vlprune
+from tests import zoo
+from tests.test_laws import snapshot
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return zoo.build("llava")
+
+
+@pytest.fixture
+def inputs() -> dict[str, torch.Tensor]:
+    return zoo.prompt("llava", **zoo.SCENARIOS["batch"])
+
+
+def bert() -> Any:
+    return BertModel(BertConfig(**{**SMALL, "num_key_value_heads": None}))
+
+
+def llama() -> Any:
+    return LlamaForCausalLM(LlamaConfig(**SMALL))
+
+
+def refuses(model: Any, error: type[Exception], *parts: str, **options: Any) -> None:
+    """``apply`` raises ``error`` with all ``parts`` in its text, and leaves the model alone."""
+    before = snapshot(model) if isinstance(model, torch.nn.Module) and hasattr(model, "config") else None
+    with pytest.raises(error) as caught:
+        vlprune.apply(model, **options)
+    assert isinstance(caught.value, vlprune.VLPruneError)
+    for part in parts:
+        assert part in str(caught.value)
+    assert before is None or snapshot(model) == before
+
+
+# ------------------------------------------------------------------ models
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (bert, "BertModel (model type 'bert')"),
+        (llama, "LlamaForCausalLM (model type 'llama')"),
+        (lambda: torch.nn.Linear(2, 2), "Linear"),
+        (lambda: "llava", "str"),
+        (lambda: None, "NoneType"),
+    ],
+)
+def test_a_model_of_no_known_family(make, named):
+    """Named with the families that are supported."""
+    refuses(make(), vlprune.UnsupportedModelError, named, "supported are", "LLaVA-NeXT (llava_next)")
+
+
+def test_a_base_model_without_its_language_head(model):
+    refuses(model.model, vlprune.UnsupportedModelError, "LlavaModel has no", "language head")
+
+
+def test_a_language_model_with_sliding_windows():
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**zoo.VISION),
+        text_config=Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=8, max_window_layers=1),
+        image_token_index=zoo.IMAGE,
+    )
+    refuses(LlavaForConditionalGeneration(config), vlprune.UnsupportedModelError, "sliding-window", "sliding_window=None")
+
+
+def test_a_method_that_needs_cls_on_an_encoder_without_one():
+    """Names the encoder, and the methods that do without."""
+    model = zoo.build("llava_siglip")
+    needed = ("hired needs the attention of [CLS]", "siglip_vision_model", "random", "uniform")
+    refuses(model, vlprune.UnsupportedMethodError, *needed, method="hired")
+
+
+def test_a_layer_that_the_encoder_does_not_have(model):
+    class Deep(vlprune.Method):
+        needs = (vlprune.ClsAttention(layer=40),)
+
+    refuses(model, vlprune.UnsupportedMethodError, "vision layer 40", "layers 0 to 3", method=Deep(budget=3))
+
+
+def test_a_stage_that_the_family_does_not_have(model):
+    class Late(vlprune.Method):
+        name = "late"
+        stages = ("evict",)
+
+    refuses(model, vlprune.UnsupportedMethodError, "late acts in the stage evict", "select only", method=Late(budget=3))
+
+
+# ------------------------------------------------------------------ methods, options, budgets
+
+BUDGETS = [0, -1, 0.0, -0.5, 1.5, 200.0, math.nan, math.inf, -math.inf, "half", True, False, None, [0.5], 1j]
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=repr)
+def test_a_budget_that_is_none(model, budget):
+    """Named with what is allowed; both a BudgetError and a ValueError."""
+    refuses(model, vlprune.BudgetError, f"budget={budget!r}", "int >= 1", "float in (0, 1]", budget=budget)
+    refuses(model, ValueError, budget=budget)
+
+
+def test_a_count_written_as_a_float(model):
+    """The likely slip is named."""
+    refuses(model, vlprune.BudgetError, "for 64 tokens write budget=64", budget=64.0)
+
+
+@pytest.mark.parametrize(("given", "near"), [("hierd", "hired"), ("HiRED", "hired"), ("unifrom", "uniform")])
+def test_an_unknown_method_names_the_nearest(model, given, near):
+    refuses(model, vlprune.UnsupportedMethodError, repr(given), f"did you mean {near!r}?", "Known methods:", method=given)
+
+
+@pytest.mark.parametrize("given", [5, 0.5, dict, object()], ids=["int", "float", "class", "object"])
+def test_something_that_is_no_method(model, given):
+    refuses(model, vlprune.UnsupportedMethodError, repr(given), "a method's name", "allowed", method=given)
+
+
+def test_an_unknown_option_names_the_nearest(model):
+    """It is a TypeError too, as for any wrong keyword."""
+    refuses(model, vlprune.OptionError, "'alhpa'", "did you mean 'alpha'?", "allocation", method="hired", alhpa=0.1)
+    refuses(model, TypeError, method=vlprune.HiRED(), alhpa=0.1)
+
+
+@pytest.mark.parametrize(("option", "value"), [("alpha", 1.5), ("alpha", -0.1), ("allocation", "fair")])
+def test_an_option_out_of_range(model, option, value):
+    refuses(model, vlprune.OptionError, f"{option}={value!r}", "allowed", **{option: value})
+
+
+def test_a_method_that_misses_its_own_budget(model, inputs):
+    """A contract of Method.select; the model works afterwards."""
+
+    class Greedy(vlprune.Method):
+        def select(self, image: Any) -> Any:
+            return vlprune.Selection(torch.arange(5))
+
+    with vlprune.applied(model, Greedy(budget=3)), pytest.raises(vlprune.BudgetError, match="kept 5 .* exactly 3 of 16"):
+        model(**inputs)
+    works(model, inputs)
+
+
+# ------------------------------------------------------------------ remove and report
+
+
+@pytest.mark.parametrize("ask", [vlprune.remove, vlprune.report])
+def test_a_plain_model_has_nothing_to_remove_or_report(model, ask):
+    with pytest.raises(vlprune.NotAppliedError, match=r"no method is applied .*vlprune\.apply\(model\)"):
+        ask(model)
+
+
+def test_a_report_before_any_image(model):
+    """Text alone is nothing to report either."""
+    with vlprune.applied(model, "hired"), torch.no_grad():
+        for _ in range(2):
+            with pytest.raises(vlprune.NotAppliedError, match="has not seen an image.*run it first"):
+                vlprune.report(model)
+            model(**zoo.prompt("llava", (0,)))
+
+
+# ------------------------------------------------------------------ inputs
+
+
+def works(model: Any, inputs: dict[str, torch.Tensor]) -> None:
+    """Pruned again, the model gives what a fresh one gives."""
+    expected = vlprune.apply(zoo.build("llava"), "hired", budget=0.4)
+    with vlprune.applied(model, "hired", budget=0.4), torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, expected(**inputs).logits)
+
+
+class CustomCache(DynamicCache):
+    pass
+
+
+@pytest.mark.parametrize(
+    "make", [CustomCache, lambda: EncoderDecoderCache(DynamicCache(), DynamicCache())], ids=["custom", "encoder_decoder"]
+)
+def test_a_cache_that_cannot_be_pruned(model, inputs, make):
+    """Refused before it holds anything, and nothing is left of the forward."""
+    cache = make()
+    with vlprune.applied(model, "hired", budget=0.4), torch.no_grad():
+        with pytest.raises(vlprune.IncompatibleCacheError, match="allowed are DynamicCache, StaticCache") as caught:
+            model(**inputs, past_key_values=cache, use_cache=True)
+        assert type(cache).__name__ in str(caught.value)
+        assert cache.get_seq_length() == 0
+        model(**zoo.prompt("llava", (0,)))
+    works(model, inputs)
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_images_and_placeholders_that_disagree(model, inputs, missing):
+    """Upstream's own error comes through, and the next forward is right."""
+    pixels = inputs["pixel_values"]
+    wrong = {**inputs, "pixel_values": pixels[:-1] if missing else torch.cat([pixels, pixels[:1]])}
+    with vlprune.applied(model, "hired", budget=0.4), torch.no_grad():
+        with pytest.raises(Exception, match="(?i)image features and image tokens do not match"):
+            model(**wrong)
+        model(**zoo.prompt("llava", (0,)))
+    works(model, inputs)
+
+
+def test_a_prefill_in_chunks_that_cut_an_image(model, inputs):
+    """Refused by name where generate() cuts features itself, by transformers where it does not."""
+    single = zoo.prompt("llava")
+    expected, text = (vlprune.VLPruneError, "in chunks") if zoo.VERSION >= (5, 18) else (ValueError, "do not match")
+    with vlprune.applied(model, "hired", budget=0.4), pytest.raises(expected, match=text):
+        model.generate(**single, max_new_tokens=2, prefill_chunk_size=8)
+    works(model, inputs)
+
+
+if zoo.VERSION >= (5, 18):
+
+    def test_features_encoded_before_the_method_was_applied(model, inputs):
+        with torch.no_grad():
+            features = model.model.get_image_features(inputs["pixel_values"])
+            text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            with vlprune.applied(model, "hired"), pytest.raises(vlprune.VLPruneError, match="before the method .*encode them"):
+                model(**text, mm_encoder_outputs={"image": features})
+        works(model, inputs)
+
+
+# ------------------------------------------------------------------ registering
+
+
+def test_a_name_that_is_taken():
+    with pytest.raises(vlprune.VLPruneError, match=r"'hired' is taken by vlprune\.methods\.hired\.HiRED"):
+
+        @vlprune.register("hired")
+        class Other(vlprune.Method):
+            pass
+
+
+@pytest.mark.parametrize("name", ["", "Two Words", "9lives"])
+def test_a_name_that_cannot_be(name):
+    with pytest.raises(vlprune.VLPruneError, match="allowed are lower-case letters"):
+        vlprune.register(name)(type("Nameless", (vlprune.Method,), {}))
+
+
+def test_a_class_that_is_no_method():
+    with pytest.raises(vlprune.VLPruneError, match="not a subclass of vlprune.Method"):
+        vlprune.register("thing")(dict)  # pyright: ignore
