@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from vlprune.engine.family import Family, families, family_of
-from vlprune.engine.patch import Patch, patch_of, uninstall
+from vlprune.engine.patch import Patch, forget_compiled, patch_of, uninstall
 from vlprune.errors import NotAppliedError
 from vlprune.method import Method, make
 from vlprune.report import Report
@@ -37,6 +37,7 @@ def apply(model: Model, method: str | Method | type[Method] | None = None, **opt
     inner = _unwrapped(model)
     family = _family(inner)
     Patch(inner, family, make(method, **options)).install()
+    forget_compiled(model)
     return model
 
 
@@ -48,6 +49,7 @@ def remove(model: Model) -> Model:
     """
     if not uninstall(_unwrapped(model)):
         raise NotAppliedError(f"no method is applied to this {type(model).__name__}; vlprune.apply(model) applies one")
+    forget_compiled(model)
     return model
 
 
@@ -63,6 +65,7 @@ def applied(model: Model, method: str | Method | type[Method] | None = None, **o
         uninstall(inner)
         if before is not None:
             Patch(inner, _family(inner), before.method).install()
+        forget_compiled(model)
 
 
 def report(model: nn.Module) -> Report:

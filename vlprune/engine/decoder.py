@@ -245,7 +245,7 @@ class DecoderHooks:
     def _cache_position(forward: Forward, logical: Tensor) -> Tensor:
         """Slots that this pass writes to (transformers before 5.4 tells the layers)."""
         if forward.rows is None:
-            return logical - forward.row_map.dropped
+            return logical - forward.row_map.shift
         count = forward.rows.shape[1]
         return torch.arange(count, device=logical.device) + (forward.row_map.prefix.shape[1] - count)
 

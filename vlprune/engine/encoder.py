@@ -82,12 +82,8 @@ class ImageFeatures:
     @property
     def __signature__(self) -> inspect.Signature:
         # generate() reads which arguments the method takes.
-        return inspect.signature(self._original)
-
-    @property
-    def _original(self) -> Any:
         base = self.hooks.parts.base
-        return getattr(type(base), "get_image_features").__get__(base)  # noqa: B009  (the class's own, not this object)
+        return inspect.signature(type(base).get_image_features.__get__(base))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         bound = self.__signature__.bind(*args, **kwargs)
@@ -95,7 +91,7 @@ class ImageFeatures:
         as_tuple = named.get("return_dict") is False
         if as_tuple:
             named["return_dict"] = True
-        out = self.hooks.run(self._original, named)
+        out = self.hooks.run(named)
         return out.to_tuple() if as_tuple else out
 
 
@@ -124,10 +120,14 @@ class EncoderHooks:
     def uninstall(self) -> None:
         self.parts.base.__dict__.pop("get_image_features", None)
 
-    def run(self, original: Any, arguments: dict[str, Any]) -> Any:
-        """Runs the encoder and lets the method choose; returns what ``original`` returns, of unchanged length."""
+    @torch._disable_dynamo  # torch.compiler.disable, without importing the compiler for those who do not compile
+    def run(self, arguments: dict[str, Any]) -> Any:
+        """Runs the encoder and lets the method choose; returns what the model itself does, of unchanged length.
+
+        Methods are host code that asks for lengths, so torch.compile leaves it out; encoders may be compiled on their own.
+        """
         self.chosen = self.latest = None
-        out = self._run(original, arguments)
+        out = self._run(arguments)
         self.latest = self.chosen
         if hasattr(out, "pooler_output"):
             setattr(out, CHOICE, self.chosen)
@@ -147,10 +147,14 @@ class EncoderHooks:
                     "encode them again, or pass the pixels"
                 )
 
-    def _run(self, original: Any, arguments: dict[str, Any]) -> Any:
+    def _original(self, arguments: dict[str, Any]) -> Any:
+        """What :class:`ImageFeatures` stands in for. No bound method of it: torch.compile would take one for the stand-in."""
+        return type(self.parts.base).get_image_features(self.parts.base, **arguments)
+
+    def _run(self, arguments: dict[str, Any]) -> Any:
         layouts = self.parts.family.layouts(self.model, arguments)
         if all(self.method.count(layout.total) >= layout.total for layout in layouts) and not self.method.adaptive:
-            out = original(**arguments)
+            out = self._original(arguments)
             clock = Clock(torch.device("cpu"))
             clock.stop()
             self.chosen = [Chosen(layout, None, layout.grid, clock) for layout in layouts]
@@ -159,15 +163,15 @@ class EncoderHooks:
         for index, layout in enumerate(layouts):
             groups.setdefault(self.method.encoder_grid(layout), []).append(index)
         if len(groups) == 1:
-            return self._run_group(original, arguments, layouts, next(iter(groups)))
-        return self._run_groups(original, arguments, layouts, groups)
+            return self._run_group(arguments, layouts, next(iter(groups)))
+        return self._run_groups(arguments, layouts, groups)
 
-    def _run_group(self, original: Any, arguments: dict[str, Any], layouts: list[ImageLayout], grid: tuple[int, int]) -> Any:
+    def _run_group(self, arguments: dict[str, Any], layouts: list[ImageLayout], grid: tuple[int, int]) -> Any:
         """Images whose tiles the encoder sees at the same ``grid``."""
         self.grid = grid if grid != layouts[0].grid else None
         try:
             with self.probe:
-                out = original(**arguments)
+                out = self._original(arguments)
         finally:
             self.grid = None
         features = out.pooler_output if hasattr(out, "pooler_output") else out
@@ -182,14 +186,14 @@ class EncoderHooks:
         self.chosen = chosen
         return _with_features(out, rows, features)
 
-    def _run_groups(self, original: Any, arguments: dict[str, Any], layouts: list[ImageLayout], groups: dict) -> Any:
+    def _run_groups(self, arguments: dict[str, Any], layouts: list[ImageLayout], groups: dict) -> Any:
         """Images whose tiles differ in ``grid``: one run of the encoder a grid, so that a batch equals single images."""
         out: Any = None
         rows: list[Any] = [None] * len(layouts)
         chosen: list[Any] = [None] * len(layouts)
         for grid, members in groups.items():
             part = {k: v[members] if k in self.parts.family.pixels and torch.is_tensor(v) else v for k, v in arguments.items()}
-            out = self._run_group(original, part, [layouts[i] for i in members], grid)
+            out = self._run_group(part, [layouts[i] for i in members], grid)
             features = out.pooler_output if hasattr(out, "pooler_output") else out
             for place, index in enumerate(members):
                 rows[index], chosen[index] = features[place], (self.chosen or [])[place]

@@ -76,7 +76,7 @@ class Family:
             return input_ids == token
         assert embeddings is not None
         embedding: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
-        return (embeddings == embedding(torch.tensor(token, device=embeddings.device))).all(-1)
+        return (embeddings == embedding(torch.full((), token, device=embeddings.device))).all(-1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,14 +37,14 @@ class Patch:
         uninstall(self.model)
         self.model.__dict__[ATTRIBUTE] = self
         self.handles = [*self.encoder.install(), *self.decoder.install()]
-        _forget_compiled(self.model)
+        forget_compiled(self.model)
 
     def uninstall(self) -> None:
         for handle in self.handles:
             handle.remove()
         self.encoder.uninstall()
         self.model.__dict__.pop(ATTRIBUTE, None)
-        _forget_compiled(self.model)
+        forget_compiled(self.model)
 
 
 def patch_of(model: nn.Module) -> Patch | None:
@@ -83,7 +83,10 @@ def check(method: Method, parts: Parts) -> None:
             )
 
 
-def _forget_compiled(model: nn.Module) -> None:
-    """Compiled code does not notice hooks that come or go later."""
-    if getattr(model, "_compiled_call", None) is not None:
+def forget_compiled(model: nn.Module) -> None:
+    """Compiled code does not notice hooks that come or go later.
+
+    There is some after ``generate()`` with a static cache, ``model.compile()`` and ``torch.compile(model)``.
+    """
+    if any(getattr(model, name, None) is not None for name in ("_compiled_call", "_compiled_call_impl", "_orig_mod")):
         torch.compiler.reset()

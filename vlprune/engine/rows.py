@@ -65,6 +65,7 @@ class RowMap:
         self.base = base
         self.filler = filler
         self.fixed: tuple[Tensor, Tensor] | None = None
+        self.shift: int | Tensor = self.dropped
 
     @property
     def dropped(self) -> int:
@@ -80,8 +81,9 @@ class RowMap:
         return torch.cat([self.prefix, tail.expand(self.prefix.shape[0], -1)], 1)
 
     def fix(self, slots: int) -> None:
-        """Keeps the columns of a cache of constant size at hand: compiled decode steps read them and nothing else."""
+        """Keeps what a cache of constant size needs at hand as tensors: compiled decode steps read no number that changes."""
         columns = self.columns(slots)
+        self.shift = torch.full((), self.dropped, device=columns.device)
         self.fixed = columns.clamp(0, slots - 1), (columns >= 0) & (columns < slots)
 
     def extended(self, rows: Tensor | None, past: int, length: int, filler: bool) -> RowMap:
