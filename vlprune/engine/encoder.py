@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from vlprune.engine.family import Parts
 from vlprune.engine.probes import Probe
@@ -120,7 +121,7 @@ class EncoderHooks:
     def uninstall(self) -> None:
         self.parts.base.__dict__.pop("get_image_features", None)
 
-    @torch._disable_dynamo  # torch.compiler.disable, without importing the compiler for those who do not compile
+    @_disable_dynamo  # torch.compiler.disable, without importing the compiler for those who do not compile
     def run(self, arguments: dict[str, Any]) -> Any:
         """Runs the encoder and lets the method choose; returns what the model itself does, of unchanged length.
 
