@@ -342,7 +342,8 @@ class Trainer:
         self.out, self.stages, self.seed, self.log_every, self.save_every = out, list(stages), seed, log_every, save_every
         out.mkdir(parents=True, exist_ok=True)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model: Any = build.model(seed).to(self.device)
+        self.model: Any = build.model(seed)
+        self.model.to(self.device)
         self.heads = EncoderHeads(self.model.config.vision_config.hidden_size).to(self.device)
         self.dialogues = Dialogues()
         self.pointers = Pointers(self.model.model.language_model.layers[2:4])
