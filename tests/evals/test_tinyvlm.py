@@ -13,9 +13,8 @@ from vlprune.evals.tinyvlm import build, export, train
 from vlprune.evals.tinyvlm.train import Stage, Trainer
 
 SHORT = (
-    Stage("encoder", 4, 2, rate=1e-3, encoder_rate=1e-3),
-    Stage("connect", 3, 2, rate=1e-3, decay=False, captions=0.5),
-    Stage("vlm", 3, 2, rate=1e-3, zeros=0.5),
+    Stage("encoder", 3, 2, rate=1e-3, encoder_rate=1e-3),
+    Stage("vlm", 5, 2, rate=1e-3, encoder_rate=1e-4, unfreeze=2, captions=0.5, zeros=0.5, pointing=0.5),
 )
 
 
@@ -26,13 +25,13 @@ def test_training_goes_on_where_it_was_cut_off(tmp_path):
     first = Trainer(tmp_path / "cut", SHORT, save_every=2)
     real, calls = first.loss, []
 
-    def stop_at_the_fourth_step(stage, step):
+    def stop_in_the_second_stage(stage, step):
         calls.append(step)
-        if len(calls) == 4:
+        if len(calls) == 7:
             raise KeyboardInterrupt
         return real(stage, step)
 
-    first.loss = stop_at_the_fourth_step
+    first.loss = stop_in_the_second_stage
     with pytest.raises(KeyboardInterrupt):
         first.run()
     second = Trainer(tmp_path / "cut", SHORT, save_every=2)
@@ -67,6 +66,42 @@ def test_answers_are_learnt_and_nothing_else():
     told = [t for t in batch["labels"][0].tolist() if t != train.IGNORE]
     text = dialogues.tokenizer.decode(told).split("</s>")[:-1]
     assert sorted(text) == sorted(q.answers[0] for q in picture.questions)
+
+
+def test_answers_point_at_what_shows_them():
+    """Every character of an answer is read off patches of the tile that its glyph is in, and off no two characters' patches."""
+    for index in range(20):
+        picture = synthvqa.scene("train", index)
+        for question in picture.questions:
+            seen = train.pointed_at(picture, question)
+            if question.kind in ("text", "form") or question.text.startswith("What is the value"):
+                assert len(seen) == len(question.answers[0])
+                assert all(seen)
+                assert len({place for places in seen for place in places}) == sum(map(len, seen))
+            if question.answers[0] == "yes":
+                assert seen
+            for places in seen:
+                assert 0 <= min(places) <= max(places) < train.VISUAL_TOKENS
+
+
+def test_the_measured_attention_is_the_models_own():
+    """What the loss on where to look measures, against the attention maps of an eager run."""
+    model = build.model(seed=1).eval()
+    model.set_attn_implementation("eager")
+    layer = model.model.language_model.layers[2]
+    pointers = train.Pointers([layer])
+    scenes = [synthvqa.scene("train", index, "form") for index in range(2)]
+    batch = train.Dialogues().batch(scenes, random.Random(0), SHORT[1])
+    pointing, places = batch.pop("pointing"), batch.pop("places")
+    batch.pop("labels"), batch.pop("kinds")
+    pointers.pointing, pointers.places = pointing, places
+    with torch.no_grad():
+        maps = model(**batch, output_attentions=True).attentions[2]
+    expected = []
+    for sample, row in zip(*torch.nonzero(pointing >= 0, as_tuple=True), strict=True):
+        looked = maps[sample, : train.Pointers.HEADS, pointing[sample, row], 1 : train.VISUAL_TOKENS + 1]
+        expected.append((looked * places[sample, row]).sum(-1).log())
+    torch.testing.assert_close(pointers.loss(), -torch.stack(expected).mean(), atol=1e-4, rtol=0)
 
 
 def test_the_checkpoint_has_the_hubs_file_format():

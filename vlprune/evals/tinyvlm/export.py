@@ -23,6 +23,7 @@ def export(model: nn.Module, folder: Path) -> None:
     # transformers 4.57 looks for the image processor in a file of its own, and for tokenizer classes by their old name.
     processor.image_processor.save_pretrained(folder)
     for name, changes in (
+        ("config.json", {"architectures": [type(model).__name__], "dtype": "float32"}),
         (
             "tokenizer_config.json",
             {"tokenizer_class": "PreTrainedTokenizerFast", "backend": None, "extra_special_tokens": None},
