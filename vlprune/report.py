@@ -10,6 +10,7 @@ from torch import nn
 
 if TYPE_CHECKING:
     from vlprune.engine.encoder import Chosen
+    from vlprune.engine.family import Parts
     from vlprune.engine.patch import Patch
 
 
@@ -43,8 +44,8 @@ class Report:
     """The last forward with images, images in the order of the prompts.
 
     ``entering``, ``leaving``, ``layer_mean``: visual tokens of all images that enter the LLM, that leave its last stage,
-    and their mean over its layers. ``flops``: multiplications and additions of vision encoder and LLM layers in that
-    forward. ``kv_bytes``: bytes of KV cache that hold a token after it; a static cache takes its full size all the same.
+    and their mean over its layers. ``flops``: multiplications and additions of vision encoder, projector and LLM layers in
+    that forward. ``kv_bytes``: bytes of KV cache that hold a token after it; a static cache takes its full size all the same.
     """
 
     method: dict[str, Any]
@@ -91,16 +92,10 @@ class Report:
         assert prefill is not None
         images = [_image(choice) for choice in prefill.chosen]
         entering = sum(image.tokens_out for image in images)
-        text, vision = patch.parts.text, patch.parts.vision
-        layers, blocks = patch.parts.text_layers, patch.parts.vision_layers
+        text, layers = patch.parts.text, patch.parts.text_layers
 
         def llm(new: int, past: int) -> int:
             return prefill.batch * _layer_flops(layers, new, past + new, _width(text.config))
-
-        def encoder(grids: list[tuple[int, tuple[int, int]]]) -> int:
-            width = vision.config.hidden_size
-            counts = [(tiles, rows * columns + patch.parts.prefix) for tiles, (rows, columns) in grids]
-            return sum(tiles * _layer_flops(blocks, n, n, width) for tiles, n in counts)
 
         token = _kv_bytes_per_token(text) * prefill.batch
         return cls(
@@ -109,9 +104,10 @@ class Report:
             entering=entering,
             leaving=entering,
             layer_mean=float(entering),
-            flops=llm(prefill.physical, prefill.past_physical) + encoder([(c.layout.tiles, c.grid) for c in prefill.chosen]),
+            flops=llm(prefill.physical, prefill.past_physical)
+            + sum(c.layout.tiles * _tile_flops(patch.parts, c.grid) for c in prefill.chosen),
             flops_unpruned=llm(prefill.logical, prefill.past_logical)
-            + encoder([(c.layout.tiles, c.layout.grid) for c in prefill.chosen]),
+            + sum(c.layout.tiles * _tile_flops(patch.parts, c.layout.grid) for c in prefill.chosen),
             kv_bytes=token * (prefill.past_physical + prefill.physical),
             kv_bytes_unpruned=token * (prefill.past_logical + prefill.logical),
         )
@@ -121,6 +117,16 @@ def _image(choice: Chosen) -> ImageReport:
     total = choice.layout.total
     kept = list(range(total)) if choice.keep is None else choice.keep.tolist()
     return ImageReport(total, kept, [StageReport("select", None, total, len(kept), choice.clock.seconds)])
+
+
+def _tile_flops(parts: Parts, grid: tuple[int, int]) -> int:
+    """What vision encoder and projector need for one tile of ``grid`` patches."""
+    patches = grid[0] * grid[1]
+    tokens = patches + parts.prefix
+    embedding = sum(p.numel() for p in parts.vision.parameters() if p.ndim == 4)
+    projector = sum(p.numel() for p in parts.projector.parameters() if p.ndim == 2)
+    blocks = _layer_flops(parts.vision_layers, tokens, tokens, parts.vision.config.hidden_size)
+    return blocks + 2 * patches * (embedding + projector)
 
 
 def _layer_flops(layers: list[nn.Module], new: int, keys: int, width: int) -> int:
