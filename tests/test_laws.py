@@ -14,13 +14,6 @@ from tests.reference import hidden_positions, masked
 COMBINATIONS = zoo.combinations()
 
 
-def image_arguments(inputs: dict[str, Any]) -> dict[str, Any]:
-    arguments = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
-    if zoo.VERSION < (5, 0):
-        arguments.update(vision_feature_layer=-2, vision_feature_select_strategy="default")
-    return arguments
-
-
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("scenario", zoo.SCENARIOS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -28,17 +21,12 @@ def image_arguments(inputs: dict[str, Any]) -> dict[str, Any]:
 def test_law_1_dropping_equals_masking(family, method, options, attention, scenario, cache):
     """Logits of every step within 1e-4 in float32, and the same greedy tokens."""
     model = zoo.build(family, attention)
-    if family == "llava_siglip":
-        model.config.vision_feature_select_strategy = "full"
     inputs = zoo.prompt(family, **zoo.SCENARIOS[scenario])
     extra = {"cache_implementation": "static"} if cache == "static" else {}
     with vlprune.applied(model, method, budget=0.4, **options):
         pruned = zoo.generate(model, inputs, **extra)
         report = vlprune.report(model)
-        arguments = image_arguments(inputs)
-        if zoo.VERSION < (5, 0):
-            arguments["vision_feature_select_strategy"] = model.config.vision_feature_select_strategy
-        features = model.model.get_image_features(**arguments)
+        features = zoo.image_features(model, inputs)
     hidden = hidden_positions(inputs, report)
     assert hidden.any()
     with masked(model, inputs, hidden, features):
@@ -57,10 +45,7 @@ def test_law_1_in_a_plain_forward(family, method, options, attention, side):
     with vlprune.applied(model, method, budget=0.3, **options), torch.no_grad():
         pruned = model(**inputs).logits
         report = vlprune.report(model)
-        arguments = image_arguments(inputs)
-        if zoo.VERSION < (5, 0):
-            arguments["vision_feature_select_strategy"] = model.config.vision_feature_select_strategy
-        features = model.model.get_image_features(**arguments)
+        features = zoo.image_features(model, inputs)
     hidden = hidden_positions(inputs, report)
     with masked(model, inputs, hidden, features), torch.no_grad():
         expected = model(**inputs).logits

@@ -214,11 +214,10 @@ def test_resize_of_images_with_different_grids_in_one_batch():
     layouts = [vlprune.Resize(budget=30).encoder_grid(layout) for layout in _layouts(model, inputs)]
     assert layouts[0] != layouts[1]
     with vlprune.applied(model, "resize", budget=30), torch.no_grad():
-        together = model.model.get_image_features(**_arguments(inputs))
+        together = zoo.image_features(model, inputs)
         together = getattr(together, "pooler_output", together)
         for i in range(2):
-            part = {name: value[i : i + 1] for name, value in _arguments(inputs).items() if torch.is_tensor(value)}
-            alone = model.model.get_image_features(**{**_arguments(inputs), **part})
+            alone = zoo.image_features(model, {name: value[i : i + 1] for name, value in inputs.items()})
             torch.testing.assert_close(together[i], getattr(alone, "pooler_output", alone)[0], atol=1e-12, rtol=0)
 
 
@@ -226,12 +225,6 @@ def _layouts(model, inputs):
     from vlprune.integrations.llava import llava_next_layouts
 
     return llava_next_layouts(model, inputs)
-
-
-def _arguments(inputs):
-    from tests.test_laws import image_arguments
-
-    return image_arguments(inputs)
 
 
 # ------------------------------------------------------------------ signals

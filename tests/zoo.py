@@ -163,11 +163,17 @@ def visual_tokens(family: str, size: tuple[int, int]) -> int:
     if not FAMILIES[family].tiled:
         return 16
     model = _unpruned(family)
-    arguments: dict[str, Any] = {"pixel_values": torch.zeros(1, 5, 3, 28, 28), "image_sizes": torch.tensor([size])}
-    if VERSION < (5, 0):
-        arguments.update(vision_feature_layer=-2, vision_feature_select_strategy="default")
-    features = model.model.get_image_features(**arguments)
+    features = image_features(model, {"pixel_values": torch.zeros(1, 5, 3, 28, 28), "image_sizes": torch.tensor([size])})
     return getattr(features, "pooler_output", features)[0].shape[0]
+
+
+def image_features(model: Any, inputs: dict[str, Tensor]) -> Any:
+    """What the model's own ``get_image_features`` gives for the images of ``inputs``."""
+    arguments: dict[str, Any] = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+    if VERSION < (5, 0):
+        arguments["vision_feature_layer"] = model.config.vision_feature_layer
+        arguments["vision_feature_select_strategy"] = model.config.vision_feature_select_strategy
+    return model.model.get_image_features(**arguments)
 
 
 def _words(count: int, generator: torch.Generator) -> list[int]:
