@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import vlprune
 from tests import zoo
 from vlprune.image import ImageLayout, ImageTokens, centres
 from vlprune.integrations.llava import _anyres, _single
+from vlprune.method import _methods
 from vlprune.methods.hired import EARLY, LATE
 
 LAYOUTS = {
@@ -132,6 +135,50 @@ def test_hired_refuses_knobs_out_of_range(options):
         vlprune.HiRED(**options)
 
 
+# ------------------------------------------------------------------ the contract
+
+
+@pytest.mark.parametrize(("name", "options"), zoo.method_cases())
+def test_a_method_is_written_down_and_read_back(name, options):
+    """Name and every knob survive JSON."""
+    method = vlprune.methods()[name](budget=0.3, **options)
+    assert vlprune.from_dict(json.loads(json.dumps(method.to_dict()))) == method
+
+
+def test_a_method_from_outside_joins_by_registering():
+    """It is found by name, runs, and keeps what it says."""
+
+    @vlprune.register("first-ones")
+    @dataclass(kw_only=True)
+    class FirstOnes(vlprune.ScoreMethod):
+        def score(self, image):
+            return -torch.arange(image.layout.total, dtype=torch.float32)
+
+    try:
+        model = zoo.build("llava")
+        with vlprune.applied(model, "first-ones", budget=5), torch.no_grad():
+            model(**zoo.prompt("llava"))
+            assert vlprune.report(model).images[0].kept == [0, 1, 2, 3, 4]
+    finally:
+        _methods.pop("first-ones")
+
+
+def test_a_method_that_misses_its_budget_is_told_so():
+    class TooMany(vlprune.Method):
+        def select(self, image):
+            return vlprune.Selection(torch.arange(image.count + 1))
+
+    model = zoo.build("llava")
+    with vlprune.applied(model, TooMany(budget=5)), pytest.raises(vlprune.BudgetError, match="allows exactly 5 of 16"):
+        model(**zoo.prompt("llava"))
+
+
+@pytest.mark.parametrize("name", ["Upper", "", "9lives", "hired"])
+def test_names_that_cannot_be_registered(name):
+    with pytest.raises(vlprune.VLPruneError, match="letters|taken"):
+        vlprune.register(name)(type("Other", (vlprune.Method,), {}))
+
+
 # ------------------------------------------------------------------ baselines
 
 
@@ -243,8 +290,6 @@ def test_signals_equal_what_an_eager_run_gives(attention, layer):
         def select(self, image):
             seen.update(image.signals)
             return vlprune.Selection(torch.arange(image.count))
-
-    from vlprune.method import _methods
 
     _methods.pop("signal-reader")
     model, eager = zoo.build("llava_next", attention), zoo.build("llava_next", "eager")

@@ -264,7 +264,7 @@ def list_methods() -> None:
 
     table = Table("name", "summary", "stages", "count", "paper")
     for name, method in vlprune.methods().items():
-        summary = (method.__doc__ or "").strip().partition("\n")[0]
+        summary = (method.__doc__ or "").strip().partition("\n")[0].replace("``", "")
         count = "depends on content" if method.adaptive else "known"
         table.add_row(name, escape(summary), ", ".join(method.stages), count, escape(str(method.paper or "–")))
     Console(highlight=False).print(table)
