@@ -28,11 +28,10 @@ CONTEXT = "vlprune_context"
 class Prefill:
     """What the last forward with images was like; :mod:`vlprune.report` reads it.
 
-    ``copies``: sequences that share an image (beams). ``lengths``: logical and physical rows of the batch.
+    Rows of a sequence, new ones and those that were in the cache before, counted logically and physically.
     """
 
     chosen: list[Chosen]
-    copies: int
     batch: int
     logical: int
     physical: int
@@ -142,7 +141,9 @@ class DecoderHooks:
             head = old or RowMap.identity(batch, past, embeddings.device)
             row_map = head.extended(rows, past, length, filler)
         if chosen is not None:
-            self._remember(chosen, visual, batch, length, past, rows, old)
+            physical = length if rows is None else rows.shape[1]
+            held = past - (0 if old is None else old.dropped)
+            self.prefill = Prefill(chosen, batch, length, physical, past, held)
         if row_map is None:
             return None
         flash = "flash" in (text.config._attn_implementation or "")
@@ -197,12 +198,6 @@ class DecoderHooks:
             return torch.ones(choice.layout.total, dtype=torch.bool, device=device)
         mask = torch.zeros(choice.layout.total, dtype=torch.bool, device=device)
         return mask.index_fill_(0, choice.keep.to(device), True)
-
-    def _remember(self, chosen: list[Chosen], visual: Any, batch: int, length: int, past: int, rows: Any, old: Any) -> None:
-        copies = max(1, sum(len(sample) for sample in assign(chosen, visual)) // max(1, len(chosen)))
-        physical = length if rows is None else rows.shape[1]
-        held = past - (0 if old is None else old.dropped)
-        self.prefill = Prefill(chosen, copies, batch, length, physical, past, held)
 
     # ------------------------------------------------------------------ decoder layers
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import time
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch._compile import _disable_dynamo
 from vlprune.engine.family import Parts
 from vlprune.engine.probes import Probe
 from vlprune.errors import BudgetError, VLPruneError
-from vlprune.image import ImageLayout, ImageTokens
+from vlprune.image import ImageLayout, ImageTokens, centres
 from vlprune.method import Merge, Method, Selection
 
 CHOICE = "_vlprune_choice"
@@ -108,7 +107,7 @@ class EncoderHooks:
         self.probe = Probe(parts, method.needs)
         self.chosen: list[Chosen] | None = None
         self.latest: list[Chosen] | None = None
-        self.grid: tuple[int, int] | None = None
+        self.shrunk: tuple[tuple[int, int], tuple[int, int]] | None = None
 
     def install(self) -> list[Any]:
         self.parts.base.__dict__["get_image_features"] = ImageFeatures(self)
@@ -169,12 +168,12 @@ class EncoderHooks:
 
     def _run_group(self, arguments: dict[str, Any], layouts: list[ImageLayout], grid: tuple[int, int]) -> Any:
         """Images whose tiles the encoder sees at the same ``grid``."""
-        self.grid = grid if grid != layouts[0].grid else None
+        self.shrunk = (layouts[0].grid, grid) if grid != layouts[0].grid else None
         try:
             with self.probe:
                 out = self._original(arguments)
         finally:
-            self.grid = None
+            self.shrunk = None
         features = out.pooler_output if hasattr(out, "pooler_output") else out
         signals = self.probe.take()
         chosen, rows, first = [], [], 0
@@ -222,11 +221,12 @@ class EncoderHooks:
     # ------------------------------------------------------------------ a smaller image for the encoder
 
     def _shrink(self, vision: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if self.grid is None:
+        if self.shrunk is None:
             return None
+        rows, columns = self.shrunk[1]
         pixels = args[0] if args else kwargs["pixel_values"]
         patch = self.parts.vision.config.patch_size
-        size = (self.grid[0] * patch, self.grid[1] * patch)
+        size = (rows * patch, columns * patch)
         small = F.interpolate(pixels.float(), size, mode="bicubic", antialias=True, align_corners=False).to(pixels.dtype)
         kwargs = {**kwargs, "interpolate_pos_encoding": True}
         if args:
@@ -235,28 +235,11 @@ class EncoderHooks:
 
     def _restore_grid(self, projector: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
         """Features of the small grid, put where their patches' centres lie on the full one; zeros elsewhere."""
-        if self.grid is None:
+        if self.shrunk is None:
             return None
-        centres = self._centres.to(out.device)
-        full = out.new_zeros(out.shape[0], self._patches, out.shape[2])
-        return full.index_copy(1, centres, out)
-
-    @cached_property
-    def _full_grid(self) -> tuple[int, int]:
-        config = self.parts.vision.config
-        side = config.image_size // config.patch_size
-        return side, side
-
-    @property
-    def _patches(self) -> int:
-        return self._full_grid[0] * self._full_grid[1]
-
-    @property
-    def _centres(self) -> Tensor:
-        from vlprune.image import centres
-
-        assert self.grid is not None
-        return centres(self._full_grid, self.grid)
+        (rows, columns), _ = self.shrunk
+        full = out.new_zeros(out.shape[0], rows * columns, out.shape[2])
+        return full.index_copy(1, centres(*self.shrunk).to(out.device), out)
 
 
 def _merged(features: Tensor, selection: Selection) -> Tensor:
