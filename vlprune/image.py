@@ -1,4 +1,4 @@
-"""One image as a method sees it: features in prompt order, tiles, and the map between the two."""
+"""One image as a method sees it at each of the four stages: its tokens, its tiles, and the map between the two."""
 
 from __future__ import annotations
 
@@ -47,21 +47,64 @@ class ImageLayout:
         return free.nonzero()[:, 0]
 
 
+@dataclass(frozen=True)
+class ModelShape:
+    """What a method may know of the model: blocks of vision encoder and LLM, and whether the encoder has [CLS].
+
+    ``feature_layer``: the vision block whose output goes to the projector, counted from 0.
+    """
+
+    vision_layers: int
+    text_layers: int
+    feature_layer: int
+    has_cls: bool
+
+
+class _Measured:
+    """Gives signals by ``tokens[signal]``."""
+
+    signals: dict[Signal, Tensor]
+
+    def __getitem__(self, signal: Signal) -> Tensor:
+        return self.signals[signal]
+
+
 @dataclass(frozen=True, eq=False)
-class ImageTokens:
-    """One image between encoder and LLM.
+class VisionTokens(_Measured):
+    """One image after a block of the vision encoder: what ``encode`` sees.
+
+    ``hidden (tiles, n, D)``: rows that are still there, [CLS] left out; where the model merges groups of patches into one
+    visual token, a row is such a group, its patches one behind the other. ``patches (tiles, n)`` int64: which patch of its
+    tile a row is. ``carry``: tensors ``(tiles, n, ...)`` that the method wants to see again after the next block; rows that
+    leave, leave there, too. ``notes``: tensors about the image that later stages of the method are to see.
+    """
+
+    layer: int
+    hidden: Tensor
+    patches: Tensor
+    layout: ImageLayout
+    shape: ModelShape
+    signals: dict[Signal, Tensor] = field(default_factory=dict)
+    carry: dict[str, Tensor] = field(default_factory=dict)
+    notes: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageTokens(_Measured):
+    """One image between encoder and LLM: what ``select`` sees.
 
     ``features (N, D)``: projected features of the image's run of placeholders, in the model's dtype.
     ``count``: how many of them the budget keeps. ``signals``: what the method asked for, see :mod:`vlprune.signals`.
+    ``alive``: ascending indices of the rows that ``encode`` has left, None for all; the other rows of ``features`` are zero,
+    and so are their signals. ``notes`` as in :class:`VisionTokens`.
     """
 
     features: Tensor
     layout: ImageLayout
     count: int
     signals: dict[Signal, Tensor] = field(default_factory=dict)
-
-    def __getitem__(self, signal: Signal) -> Tensor:
-        return self.signals[signal]
+    alive: Tensor | None = None
+    notes: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -70,6 +113,55 @@ class ImageTokens:
     def host(self, indices: Tensor) -> Tensor:
         """A tensor of the layout on the features' device."""
         return indices.to(self.device, non_blocking=True)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerTokens(_Measured):
+    """One image before LLM layer ``layer``: what ``prefill`` sees.
+
+    ``hidden (n, D)``: all rows of the sequence that are still there, text and images, in order. ``visual (N,)`` int64,
+    ascending: which of them are this image's. ``positions (N,)``: their indices in the image's run of placeholders.
+    ``last``: the row of the prompt's last token. ``count``: how many visual tokens are to be left.
+
+    ``tokens[signal]`` holds this image's tokens; ``tokens.rows(signal)`` holds, for signals that have a value for each row
+    (keys, values, hidden states, deltas), all rows of ``hidden``.
+    """
+
+    layer: int
+    hidden: Tensor
+    visual: Tensor
+    positions: Tensor
+    last: int
+    count: int
+    layout: ImageLayout
+    shape: ModelShape
+    signals: dict[Signal, Tensor] = field(default_factory=dict)
+    row_signals: dict[Signal, Tensor] = field(default_factory=dict)
+    notes: dict[str, Tensor] = field(default_factory=dict)
+
+    def rows(self, signal: Signal) -> Tensor:
+        return self.row_signals[signal]
+
+
+@dataclass(frozen=True, eq=False)
+class CacheTokens(_Measured):
+    """One image in the KV cache of LLM layer ``layer``: what ``evict`` sees.
+
+    ``keys``, ``values (kv_heads, N, head_dim)``: the entries of its visual tokens. ``positions (N,)``: their indices in the
+    image's run of placeholders. ``count``: how many are to be left. ``new_tokens``: tokens generated since the prompt was
+    read, 0 right after it. Signals are those of the forward just run.
+    """
+
+    layer: int
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    count: int
+    new_tokens: int
+    layout: ImageLayout
+    shape: ModelShape
+    signals: dict[Signal, Tensor] = field(default_factory=dict)
+    notes: dict[str, Tensor] = field(default_factory=dict)
 
 
 def top(scores: Tensor, count: int) -> Tensor:

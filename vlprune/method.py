@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, TypeVar, overload
 
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from vlprune import budget as budgets
 from vlprune.errors import OptionError, UnsupportedMethodError, VLPruneError
-from vlprune.image import ImageLayout, ImageTokens
+from vlprune.image import CacheTokens, ImageLayout, ImageTokens, LayerTokens, ModelShape, VisionTokens
 from vlprune.signals import Signal
+
+STAGES = ("encode", "select", "prefill", "evict")
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +26,7 @@ class Merge:
 
     ``target (N,)`` int64: which entry of ``Selection.keep`` a row adds to, -1 for none (a kept row names itself if it is
     to take part). ``weight (N,)`` or None for equal weights. A kept row becomes the weighted mean of the rows that name it.
+    In the vision encoder both have a leading dimension ``tiles``.
     """
 
     target: Tensor
@@ -32,39 +35,103 @@ class Merge:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """``keep (T,)`` int64, ascending: rows of the image's run of placeholders that enter the LLM."""
+    """``keep`` int64, ascending: which of the rows that the method was shown stay.
+
+    ``(tiles, T)`` for ``encode``, ``(T,)`` for the other stages; ``evict`` may also give ``(kv_heads, T)``, a choice a head.
+    """
 
     keep: Tensor
     merge: Merge | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many visual tokens of an image are where; known before its pixels are seen, unless the method is adaptive.
+
+    ``entering``: tokens that enter the LLM. ``prefill``: LLM layer -> tokens from that layer on, ascending layers.
+    ``cached``: LLM layer -> entries left in that layer's cache by ``evict``; a layer that is not named keeps all.
+    Adaptive methods give upper bounds.
+    """
+
+    entering: int
+    prefill: dict[int, int] = field(default_factory=dict)
+    cached: dict[int, int] = field(default_factory=dict)
+
+    def at_layers(self, layers: int) -> list[int]:
+        """Visual tokens in each of the LLM's ``layers``."""
+        counts, now = [], self.entering
+        for layer in range(layers):
+            now = self.prefill.get(layer, now)
+            counts.append(now)
+        return counts
 
 
 @dataclass(kw_only=True)
 class Method:
     """A way to choose visual tokens: a dataclass whose fields are its knobs.
 
-    Subclasses implement ``select``; they may ask for signals with ``needs``. Class attributes describe the method:
-    ``stages`` says where it acts, ``adaptive`` that its count depends on the image's content, ``paper`` where it is from.
+    Subclasses implement one or more of ``encode``, ``select``, ``prefill`` and ``evict``; they may ask for signals with
+    ``needs``. Class attributes describe the method: ``adaptive`` says that its counts depend on the image's content, ``paper``
+    where it is from. Both ``needs`` and ``adaptive`` may be properties.
     """
 
     budget: budgets.Budget = 1.0
-    """Visual tokens per image that enter the LLM (int), or that fraction of them (float)."""
+    """Visual tokens of an image (int), or that fraction of them (float): those that enter the LLM, or, for a method that drops
+    inside the LLM, the mean over its layers, or, for a method that only evicts, those left in the cache."""
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
-    stages: ClassVar[tuple[str, ...]] = ("select",)
     needs: ClassVar[tuple[Signal, ...]] = ()
     adaptive: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         budgets.check(self.budget)
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The hooks that the method implements."""
+        return tuple(stage for stage in STAGES if getattr(type(self), stage) is not getattr(Method, stage))
+
+    @property
+    def every(self) -> int | None:
+        """``evict`` is asked again each time so many tokens have been generated; None: only after the prompt."""
+        return None
+
+    def wants(self, shape: ModelShape) -> tuple[Signal, ...]:
+        """The signals that the method needs of a model of this shape: ``needs`` unless overridden."""
+        return self.needs
+
     def count(self, total: int) -> int:
-        """How many of an image's ``total`` visual tokens are kept. Known before the pixels are seen."""
+        """How many of ``total`` visual tokens the budget allows. Known before the pixels are seen."""
         return budgets.tokens(self.budget, total)
+
+    def plan(self, layout: ImageLayout, shape: ModelShape) -> Plan:
+        """Counts of one image. By default the budget's tokens enter the LLM, or, without ``encode`` and ``select``, all of them."""
+        early = {"encode", "select"} & set(self.stages)
+        return Plan(self.count(layout.total) if early else layout.total)
+
+    def encode_layers(self, layout: ImageLayout, shape: ModelShape) -> Sequence[int]:
+        """Blocks of the vision encoder after which ``encode`` is asked about an image; none if nothing is to be done."""
+        return ()
+
+    def encode(self, tokens: VisionTokens) -> Selection | None:
+        """Chooses the rows of one image that go on into the next block of the vision encoder; None: all of them."""
+        raise NotImplementedError(f"{type(self).__name__} has no encode()")
 
     def select(self, image: ImageTokens) -> Selection:
         """Chooses ``image.count`` of one image's visual tokens."""
         raise NotImplementedError(f"{type(self).__name__} has no select()")
+
+    def prefill(self, tokens: LayerTokens) -> Selection:
+        """Chooses ``tokens.count`` of one image's visual tokens that go on into LLM layer ``tokens.layer``.
+
+        Asked before the layers that the plan names, while a prompt is read.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no prefill()")
+
+    def evict(self, tokens: CacheTokens) -> Selection:
+        """Chooses ``tokens.count`` of one image's entries that stay in the cache of layer ``tokens.layer``."""
+        raise NotImplementedError(f"{type(self).__name__} has no evict()")
 
     def encoder_grid(self, layout: ImageLayout) -> tuple[int, int]:
         """Patch rows and columns at which the vision encoder sees each tile; the layout's own grid unless overridden."""

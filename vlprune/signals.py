@@ -1,35 +1,84 @@
 """What a method may ask to be measured. A signal that no method asks for costs nothing.
 
-Signals are measured beside the model's own attention: whichever kernel the model runs, it goes on running it.
-Layer numbers count the vision encoder's blocks from 0; negative numbers count from the end, so -2 is the block whose
-output LLaVA feeds to its projector.
+Signals are measured beside the model's own attention: whichever kernel the model runs, it goes on running it. All are
+float32 and without gradient; queries and keys are those that the kernel gets, with rotary embedding and norms applied.
+
+``layer`` counts blocks from 0; negative numbers count from the end, so vision layer -2 is the block whose output LLaVA feeds
+to its projector. None is the hook's own block: the one just run for ``encode``, the one before the layer for ``prefill``,
+the one whose cache it is for ``evict``.
+
+The shapes below are those of the vision encoder, with a tile's patches in raster order; where the model merges groups of
+patches into one visual token, *patch* means such a group, and its value is the mean over the group. In the LLM there is one
+image, so the dimension ``tiles`` is missing, and *patches* are the image's visual tokens that are still alive.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
 class Signal:
-    """A statistic of vision block ``layer``, always float32 and without gradient."""
+    """A statistic of block ``layer`` of ``tower``, the vision encoder or the LLM (``"text"``)."""
 
-    layer: int
+    layer: int | None = None
+    tower: Literal["vision", "text"] = "vision"
 
 
 @dataclass(frozen=True)
 class ClsAttention(Signal):
-    """Softmax attention that [CLS] pays to each patch: ``(tiles, heads, patches)``.
+    """Softmax attention that [CLS] pays to each patch: ``(tiles, heads, patches)``. Vision encoder only.
 
     The softmax runs over all keys, [CLS] included, so a row adds up to less than 1.
     """
 
 
 @dataclass(frozen=True)
+class MeanAttention(Signal):
+    """Softmax attention that a tile's mean query pays to its patches: ``(tiles, heads, patches)``. Vision encoder only.
+
+    It stands in for the attention of [CLS] where there is none.
+    """
+
+
+@dataclass(frozen=True)
+class ReceivedAttention(Signal):
+    """Attention that each patch receives, averaged over all queries: ``(tiles, heads, patches)``."""
+
+
+@dataclass(frozen=True)
+class QueryAttention(Signal):
+    """Softmax attention of text tokens to an image's visual tokens: ``(heads, queries, patches)``. LLM only.
+
+    ``queries``: ``"last"``, the last token of the prompt; ``"text"``, all its text tokens; or a number, so many of its last
+    text tokens. Text before the image pays it no attention, so its rows are zero. ``mean_heads`` averages over heads, which
+    leaves one.
+    """
+
+    tower: Literal["vision", "text"] = "text"
+    queries: Literal["last", "text"] | int = "last"
+    mean_heads: bool = False
+
+
+@dataclass(frozen=True)
 class Keys(Signal):
-    """Attention keys of the patches: ``(tiles, heads, patches, head_dim)``."""
+    """Attention keys: ``(tiles, heads, patches, head_dim)``."""
+
+
+@dataclass(frozen=True)
+class Values(Signal):
+    """Attention values: ``(tiles, heads, patches, head_dim)``."""
 
 
 @dataclass(frozen=True)
 class Hidden(Signal):
-    """Hidden states of the patches after the block: ``(tiles, patches, hidden)``."""
+    """Hidden states after the block: ``(tiles, patches, hidden)``."""
+
+
+@dataclass(frozen=True)
+class ModuleDelta(Signal):
+    """What went into a block's attention or feed-forward network, normalised, and what came out, before it was added to the
+    residual stream: ``(2, tiles, patches, hidden)``."""
+
+    module: Literal["attention", "mlp"] = "attention"

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from vlprune.errors import UnsupportedModelError, VLPruneError
-from vlprune.image import ImageLayout
+from vlprune.image import ImageLayout, ModelShape
+
+
+def single_patches(model: Any, grid: tuple[int, int]) -> Tensor:
+    """Patches of each visual token where every patch is one: ``(patches, 1)``."""
+    return torch.arange(grid[0] * grid[1])[:, None]
 
 
 @dataclass(frozen=True)
@@ -19,22 +24,32 @@ class Family:
     """Where the parts of a model family are. Paths are attribute paths from the model; alternatives stand in a tuple.
 
     ``layouts(model, arguments)`` gives one :class:`ImageLayout` an image from the arguments of ``get_image_features``,
-    without a look at the pixels. ``pixels`` names the arguments whose dimension 0 counts images.
+    without a look at the pixels; ``video_layouts`` does so for ``get_video_features``, None where a family has no video.
+    ``groups(model, grid)`` gives the rows of a tile in the vision encoder, [CLS] not counted, that become each visual token
+    ``(tokens, rows of one)``, for a tile of ``grid`` tokens. ``packed``: the encoder's rows of all images stand one behind
+    the other, ``(rows, hidden)``; then ``order(model, arguments)`` tells which token of that order stands where inside
+    of its blocks, None for the same order. ``pixels`` names the arguments whose dimension 0 counts images.
     """
 
     name: str
     model_types: tuple[str, ...]
-    layouts: Callable[[nn.Module, dict[str, Any]], list[ImageLayout]]
+    layouts: Callable[[Any, dict[str, Any]], list[ImageLayout]]
+    video_layouts: Callable[[Any, dict[str, Any]], list[ImageLayout]] | None = None
+    groups: Callable[[Any, tuple[int, int]], Tensor] = single_patches
+    packed: bool = False
+    order: Callable[[Any, dict[str, Any]], Tensor] | None = None
     stages: tuple[str, ...] = ("select",)
     base: str = "model"
     text: str = "model.language_model"
     text_layers: str = "model.language_model.layers"
+    text_attention: str = "self_attn"
+    text_mlp: str = "mlp"
     vision: str = "model.vision_tower"
     vision_layers: tuple[str, ...] = ("encoder.layers", "vision_model.encoder.layers")
+    vision_attention: str = "self_attn"
+    vision_mlp: str = "mlp"
     vision_types: tuple[str, ...] = ("clip_vision_model", "siglip_vision_model")
     cls_types: tuple[str, ...] = ("clip_vision_model",)
-    query: str = "self_attn.q_proj"
-    key: str = "self_attn.k_proj"
     projector: str = "model.multi_modal_projector"
     pixels: tuple[str, ...] = ("pixel_values", "image_sizes")
 
@@ -58,6 +73,7 @@ class Family:
             raise UnsupportedModelError(f"{type(model).__name__}: no vision blocks at {' or '.join(self.vision_layers)}")
         return Parts(
             family=self,
+            model=model,
             base=_follow(model, self.base),
             text=text,
             text_layers=list(_follow(model, self.text_layers)),
@@ -84,6 +100,7 @@ class Parts:
     """The modules of one model that the engine hooks into. ``has_cls``: row 0 of the vision encoder is [CLS]."""
 
     family: Family
+    model: Any
     base: Any
     text: Any
     text_layers: list[Any]
@@ -94,8 +111,21 @@ class Parts:
 
     @property
     def prefix(self) -> int:
-        """Rows of the vision encoder that are no patches."""
+        """Rows of a tile in the vision encoder that are no patches."""
         return int(self.has_cls)
+
+    @property
+    def shape(self) -> ModelShape:
+        layers = len(self.vision_layers)
+        feature = getattr(self.model.config, "vision_feature_layer", None)
+        feature = layers - 1 if not isinstance(feature, int) else feature - 1 if feature >= 0 else layers + feature
+        return ModelShape(layers, len(self.text_layers), feature, self.has_cls)
+
+    def vision_attention(self, layer: int) -> nn.Module:
+        return self.vision_layers[layer].get_submodule(self.family.vision_attention)
+
+    def text_attention(self, layer: int) -> nn.Module:
+        return self.text_layers[layer].get_submodule(self.family.text_attention)
 
 
 def _find(module: Any, path: str) -> Any:

@@ -11,7 +11,8 @@ from vlprune.engine.decoder import DecoderHooks, Prefill
 from vlprune.engine.encoder import EncoderHooks
 from vlprune.engine.family import Family, Parts
 from vlprune.errors import UnsupportedMethodError
-from vlprune.method import Method
+from vlprune.image import ModelShape
+from vlprune.method import Method, methods
 from vlprune.signals import ClsAttention
 
 ATTRIBUTE = "_vlprune"
@@ -67,20 +68,22 @@ def check(method: Method, parts: Parts) -> None:
             f"{method.name} acts in the stage {', '.join(missing)}, but {parts.family.name} is supported in "
             f"{', '.join(parts.family.stages)} only"
         )
-    layers = len(parts.vision_layers)
-    for signal in method.needs:
+    for signal in method.wants(parts.shape):
         if isinstance(signal, ClsAttention) and not parts.has_cls:
-            from vlprune.method import methods
-
-            others = [name for name, cls in methods().items() if not any(isinstance(s, ClsAttention) for s in cls.needs)]
             raise UnsupportedMethodError(
                 f"{method.name} needs the attention of [CLS], but the vision encoder of this model "
-                f"({parts.vision.config.model_type}) has no [CLS]; methods that do without: {', '.join(others)}"
+                f"({parts.vision.config.model_type}) has no [CLS]; methods that do without: {', '.join(_without_cls())}"
             )
-        if not -layers <= signal.layer < layers:
+        tower, layers = signal.tower, len(parts.vision_layers if signal.tower == "vision" else parts.text_layers)
+        if signal.layer is not None and not -layers <= signal.layer < layers:
             raise UnsupportedMethodError(
-                f"{method.name} asks for vision layer {signal.layer}, but this encoder has layers 0 to {layers - 1}"
+                f"{method.name} asks for {tower} layer {signal.layer}, but this model has layers 0 to {layers - 1} there"
             )
+
+
+def _without_cls() -> list[str]:
+    shape = ModelShape(24, 32, 22, has_cls=False)
+    return [n for n, cls in methods().items() if not any(isinstance(s, ClsAttention) for s in cls().wants(shape))]
 
 
 def forget_compiled(model: nn.Module) -> None:

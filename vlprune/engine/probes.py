@@ -39,9 +39,9 @@ class Probe:
         for signal in self.needs:
             layer = self.parts.vision_layers[signal.layer]
             if isinstance(signal, ClsAttention):
-                taps["query", signal.layer] = layer.get_submodule(self.parts.family.query)
+                taps["query", signal.layer] = layer.get_submodule("self_attn.q_proj")
             if isinstance(signal, (ClsAttention, Keys)):
-                taps["key", signal.layer] = layer.get_submodule(self.parts.family.key)
+                taps["key", signal.layer] = layer.get_submodule("self_attn.k_proj")
             if isinstance(signal, Hidden):
                 taps["hidden", signal.layer] = layer
         return [module.register_forward_hook(Tap(self, name)) for name, module in taps.items()]

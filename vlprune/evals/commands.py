@@ -263,7 +263,8 @@ def list_methods() -> None:
     import vlprune
 
     table = Table("name", "summary", "stages", "count", "paper")
-    for name, method in vlprune.methods().items():
+    for name, cls in vlprune.methods().items():
+        method = cls()
         summary = (method.__doc__ or "").strip().partition("\n")[0].replace("``", "")
         count = "depends on content" if method.adaptive else "known"
         table.add_row(name, escape(summary), ", ".join(method.stages), count, escape(str(method.paper or "–")))
