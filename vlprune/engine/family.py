@@ -13,10 +13,34 @@ from torch import Tensor, nn
 from vlprune.errors import UnsupportedModelError, VLPruneError
 from vlprune.image import ImageLayout, ModelShape
 
+IMAGE, VIDEO = 1, 2
+"""Kinds of placeholders in a prompt; 0 is text."""
+
+SEAMS = {IMAGE: "get_image_features", VIDEO: "get_video_features"}
+"""The methods of the base model between vision encoder and LLM."""
+
+MODALITIES = {"image": IMAGE, "video": VIDEO}
+"""What transformers calls the kinds."""
+
+TOKENS = {IMAGE: ("image_token_id", "image_token_index"), VIDEO: ("video_token_id", "video_token_index")}
+"""Where a config has the ids of placeholders."""
+
+Layouts = Callable[[Any, dict[str, Any]], list[ImageLayout]]
+
 
 def single_patches(model: Any, grid: tuple[int, int]) -> Tensor:
     """Patches of each visual token where every patch is one: ``(patches, 1)``."""
     return torch.arange(grid[0] * grid[1])[:, None]
+
+
+def blocks(grid: tuple[int, int], side: int, columns: int | None = None) -> Tensor:
+    """Patches ``(tokens, side^2)`` of each visual token where it is a square block of them, both in raster order.
+
+    ``columns``: of patches in a tile, where the blocks leave some over.
+    """
+    corner = torch.arange(grid[0])[:, None] * side * (columns or grid[1] * side) + torch.arange(grid[1]) * side
+    inside = torch.arange(side)[:, None] * (columns or grid[1] * side) + torch.arange(side)
+    return corner.flatten()[:, None] + inside.flatten()
 
 
 @dataclass(frozen=True)
@@ -27,17 +51,25 @@ class Family:
     without a look at the pixels; ``video_layouts`` does so for ``get_video_features``, None where a family has no video.
     ``groups(model, grid)`` gives the rows of a tile in the vision encoder, [CLS] not counted, that become each visual token
     ``(tokens, rows of one)``, for a tile of ``grid`` tokens. ``packed``: the encoder's rows of all images stand one behind
-    the other, ``(rows, hidden)``; then ``order(model, arguments)`` tells which token of that order stands where inside
-    of its blocks, None for the same order. ``pixels`` names the arguments whose dimension 0 counts images.
+    the other, ``(rows, hidden)`` or ``(1, rows, hidden)``; then ``order(model, arguments)`` tells which token of that order
+    stands where inside of its blocks, ``(tokens of all images,)``, None for the same order.
+
+    ``tail(model)`` gives the visual tokens ``(tokens, hidden)`` at the end of each video that some versions of transformers
+    add behind ``get_video_features``. ``pixels`` names the arguments whose dimension 0 counts images. ``resizable``: the
+    encoder can be shown smaller tiles; ``smaller(model, arguments, grids)`` gives the seam's arguments with the tiles of each
+    image at such a grid of tokens, None where the engine is to resize what enters the encoder and to have it interpolate its
+    position embeddings. ``sliding``: layers of the LLM may have a sliding window.
     """
 
     name: str
     model_types: tuple[str, ...]
-    layouts: Callable[[Any, dict[str, Any]], list[ImageLayout]]
-    video_layouts: Callable[[Any, dict[str, Any]], list[ImageLayout]] | None = None
+    layouts: Layouts
+    video_layouts: Layouts | None = None
     groups: Callable[[Any, tuple[int, int]], Tensor] = single_patches
     packed: bool = False
     order: Callable[[Any, dict[str, Any]], Tensor] | None = None
+    tail: Callable[[Any], Tensor] | None = None
+    smaller: Callable[[Any, dict[str, Any], list[tuple[int, int]]], dict[str, Any]] | None = None
     stages: tuple[str, ...] = ("select",)
     base: str = "model"
     text: str = "model.language_model"
@@ -52,6 +84,14 @@ class Family:
     cls_types: tuple[str, ...] = ("clip_vision_model",)
     projector: str = "model.multi_modal_projector"
     pixels: tuple[str, ...] = ("pixel_values", "image_sizes")
+    resizable: bool = True
+    sliding: bool = False
+
+    @property
+    def seams(self) -> dict[int, Layouts]:
+        """What gives the layouts of each kind of visual input that the family has."""
+        seams = {IMAGE: self.layouts}
+        return seams if self.video_layouts is None else {**seams, VIDEO: self.video_layouts}
 
     def parts(self, model: nn.Module) -> Parts:
         """The parts of ``model``; raises :class:`UnsupportedModelError` where this one deviates from its family."""
@@ -63,13 +103,9 @@ class Family:
                 f"allowed are {', '.join(self.vision_types)}"
             )
         text = _follow(model, self.text)
-        if "sliding_attention" in (getattr(text.config, "layer_types", None) or []):
-            raise UnsupportedModelError(
-                f"{type(model).__name__}: its language model has sliding-window layers, which are not supported; "
-                "load it with sliding_window=None in text_config if its window is longer than your prompts"
-            )
-        blocks = next((b for path in self.vision_layers if (b := _find(vision, path)) is not None), None)
-        if blocks is None:
+        self._check_layers(model, text.config)
+        layers = next((found for path in self.vision_layers if (found := _find(vision, path)) is not None), None)
+        if layers is None:
             raise UnsupportedModelError(f"{type(model).__name__}: no vision blocks at {' or '.join(self.vision_layers)}")
         return Parts(
             family=self,
@@ -78,21 +114,45 @@ class Family:
             text=text,
             text_layers=list(_follow(model, self.text_layers)),
             vision=vision,
-            vision_layers=list(blocks),
+            vision_layers=list(layers),
             projector=_follow(model, self.projector),
             has_cls=vision_type in self.cls_types,
         )
 
+    def _check_layers(self, model: nn.Module, config: Any) -> None:
+        """Raises :class:`UnsupportedModelError` where layers of the LLM do more than attend to all tokens."""
+        window = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+        types = set(getattr(config, "layer_types", None) or [window])
+        name = type(model).__name__
+        if "sliding_attention" in types and not self.sliding:
+            raise UnsupportedModelError(
+                f"{name}: its language model has sliding-window layers, which are not supported; "
+                "load it with sliding_window=None in text_config if its window is longer than your prompts"
+            )
+        other = sorted(types - {"full_attention", "sliding_attention"})
+        if other:
+            raise UnsupportedModelError(
+                f"{name}: its language model has layers of type {', '.join(other)}; allowed are layers of full attention, "
+                "since others mix the tokens into a state or into chunks that single tokens cannot leave"
+            )
+
     def placeholders(self, model: nn.Module, input_ids: Tensor | None, embeddings: Tensor | None) -> Tensor:
-        """Which tokens of ``input_ids (B, L)``, or else of ``embeddings (B, L, D)``, are placeholders of visual tokens."""
-        config: Any = model.config
-        token = getattr(config, "image_token_id", None)
-        token = config.image_token_index if token is None else token
-        if input_ids is not None:
-            return input_ids == token
-        assert embeddings is not None
-        embedding: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
-        return (embeddings == embedding(torch.full((), token, device=embeddings.device))).all(-1)
+        """What each token of ``input_ids (B, L)``, or else of ``embeddings (B, L, D)``, stands for.
+
+        ``(B, L)`` int8: 0 text, ``IMAGE``, ``VIDEO``.
+        """
+        given = input_ids if input_ids is not None else embeddings
+        assert given is not None
+        kinds = torch.zeros(given.shape[:2], dtype=torch.int8, device=given.device)
+        for kind in self.seams:
+            token = next(t for name in TOKENS[kind] if (t := getattr(model.config, name, None)) is not None)
+            if input_ids is not None:
+                here = input_ids == token
+            else:
+                embedding: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+                here = (embeddings == embedding(torch.full((), token, device=given.device))).all(-1)
+            kinds = kinds.masked_fill(here, kind)
+        return kinds
 
 
 @dataclass(frozen=True, eq=False)

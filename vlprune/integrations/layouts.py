@@ -1,0 +1,28 @@
+"""Layouts that several families share."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from vlprune.image import ImageLayout
+
+
+@lru_cache(maxsize=256)
+def tiles_in_a_row(tiles: int, grid: tuple[int, int], separators: int = 0) -> ImageLayout:
+    """Tiles of ``grid`` tokens one behind the other, each a rectangle of its own: the frames of a video, or tiles whose place
+    in the image is not told. ``separators``: tokens at the end that belong to no patch.
+
+    A single tile is the whole image, and hence its thumbnail.
+    """
+    rows, columns = grid
+    placeholder = torch.arange(tiles * rows * columns).view(tiles, rows * columns)
+    return ImageLayout(
+        total=placeholder.numel() + separators,
+        placeholder=placeholder,
+        grid=grid,
+        thumbnail=tiles == 1,
+        crops=(0, 0),
+        regions=tuple(placeholder.view(tiles, rows, columns)),
+    )
