@@ -97,6 +97,57 @@ def test_more_tokens_than_room_is_an_error():
         budget.apportion(5, [1.0, 1.0], [2, 2])
 
 
+# ------------------------------------------------------------------ counts over layers
+
+
+@given(st.lists(st.integers(0, 9), max_size=40), st.integers(-3, 400))
+def test_the_largest_count_that_fits(steps, room):
+    """Of costs that never fall."""
+    costs = [sum(steps[:i]) for i in range(1, len(steps) + 1)]
+    found = budget.largest(lambda n: costs[n - 1], room, len(costs))
+    assert found == max((n for n in range(1, len(costs) + 1) if costs[n - 1] <= room), default=0)
+
+
+def test_stages_last_until_the_next_one():
+    assert budget.lengths([3, 7, 11, 15], 32) == [3, 4, 4, 4, 17]
+    assert budget.lengths([], 5) == [5]
+
+
+@st.composite
+def schedules(draw) -> tuple[int, int, list[int], int]:
+    lengths = draw(st.lists(st.integers(1, 20), min_size=2, max_size=6))
+    lowest = draw(st.integers(0, 100))
+    first = draw(st.integers(lowest, 700))
+    least = first * lengths[0] + lowest * sum(lengths[1:])
+    return first, lowest, lengths, draw(st.integers(least, first * sum(lengths) + 10))
+
+
+@given(schedules())
+def test_a_schedule_falls_and_meets_its_budget(schedule):
+    first, lowest, lengths, room = schedule
+    counts = budget.geometric(first, lowest, lengths, room)
+    assert counts[0] == first
+    assert counts == sorted(counts, reverse=True)
+    assert counts[-1] >= lowest
+    left = room - sum(count * length for count, length in zip(counts, lengths, strict=True))
+    assert left >= 0
+    # No single stage could have one more.
+    raisable = [n for n, now, before in zip(lengths[1:], counts[1:], counts, strict=False) if now < before]
+    assert all(left < length for length in raisable)
+
+
+def test_a_schedule_falls_by_one_factor():
+    assert budget.geometric(512, 0, [1, 1, 1, 1], 512 + 256 + 128 + 64) == [512, 256, 128, 64]
+    assert budget.geometric(512, 100, [1, 1, 1, 1], 512 + 256 + 128 + 100) == [512, 256, 128, 100]
+    assert budget.geometric(100, 0, [3, 4, 4, 4, 17], 100 * 32) == [100] * 5
+    assert budget.geometric(100, 7, [3, 29], 100 * 3 + 7 * 29) == [100, 7]
+
+
+def test_a_schedule_that_cannot_be_met_is_an_error():
+    with pytest.raises(BudgetError, match="cost more than 502"):
+        budget.geometric(100, 7, [3, 29], 100 * 3 + 7 * 29 - 1)
+
+
 # ------------------------------------------------------------------ rows
 
 

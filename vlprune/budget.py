@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 
 from vlprune.errors import BudgetError
 
@@ -50,3 +51,57 @@ def apportion(count: int, weights: Sequence[float], capacities: Sequence[int]) -
     seats = sorted((seat + 1 - quota, i) for i, quota in enumerate(quotas) for seat in range(capacities[i]))
     winners = [i for _, i in seats[:count]]
     return [winners.count(i) for i in range(len(weights))]
+
+
+# ------------------------------------------------------------------ counts over the layers of the LLM
+#
+# Methods that drop inside the LLM spend `room` = budget x layers: a token costs one for each layer that it goes through.
+
+
+def largest(cost: Callable[[int], int], room: int, high: int) -> int:
+    """The largest n in 1..``high`` with ``cost(n) <= room``, 0 if there is none. ``cost`` must never fall."""
+    return bisect_right(range(1, high + 1), room, key=cost)
+
+
+def lengths(starts: Sequence[int], layers: int) -> list[int]:
+    """How many of an LLM's ``layers`` each stage lasts: the first one from layer 0 on, the others from ``starts`` on."""
+    edges = [0, *starts, layers]
+    return [end - start for start, end in zip(edges[:-1], edges[1:], strict=True)]
+
+
+def geometric(first: int, lowest: int, lengths: Sequence[int], room: int) -> list[int]:
+    """Tokens in each stage: ``first``, then falling by one factor from stage to stage, but not below ``lowest``.
+
+    The sum of count times length is at most ``room``, and as near to it as can be without a stage above the one before: what
+    rounding leaves goes to the longest stages. Raises :class:`BudgetError` if even ``lowest`` costs more.
+    """
+
+    def counts(factor: float) -> list[int]:
+        return [first] + [max(lowest, math.floor(first * factor**stage)) for stage in range(1, len(lengths))]
+
+    def cost(found: Sequence[int]) -> int:
+        return sum(count * length for count, length in zip(found, lengths, strict=True))
+
+    steps = 1 << 16
+    found = counts(largest(lambda step: cost(counts(step / steps)), room, steps) / steps)
+    if cost(found) > room:
+        raise BudgetError(f"{first} tokens that fall to {lowest} over stages of {list(lengths)} layers cost more than {room}")
+    longest_first = sorted(range(1, len(lengths)), key=lambda stage: -lengths[stage])
+    left, before = room - cost(found), -1
+    while left != before:
+        before = left
+        for stage in longest_first:
+            if found[stage] < found[stage - 1] and lengths[stage] <= left:
+                found[stage] += 1
+                left -= lengths[stage]
+    return found
+
+
+def unreachable(method: str, budget: Budget, total: int, lowest: float) -> BudgetError:
+    """The error of a budget below ``lowest``, the smallest mean over LLM layers that ``method`` can reach for an image."""
+    least = math.ceil(lowest)
+    return BudgetError(
+        f"budget={budget!r} allows {tokens(budget, total)} of an image's {total} visual tokens, on average over its layers; "
+        f"for this image on this model {method} allows {least} to {total}, or a fraction of {least / total:.3f} to 1; "
+        "raise the budget"
+    )

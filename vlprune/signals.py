@@ -72,6 +72,11 @@ class Values(Signal):
 
 
 @dataclass(frozen=True)
+class ClsValues(Signal):
+    """Attention value of [CLS]: ``(tiles, heads, head_dim)``. Vision encoder only."""
+
+
+@dataclass(frozen=True)
 class Hidden(Signal):
     """Hidden states after the block: ``(tiles, patches, hidden)``."""
 

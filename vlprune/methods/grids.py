@@ -19,6 +19,14 @@ def with_separators(keep: Tensor, image: ImageTokens) -> Tensor:
     return keep.sort().values
 
 
+def left_by_encoder(image: ImageTokens) -> Tensor:
+    """Prompt indices, ascending, of the patches that are still there; row ends left out."""
+    if image.alive is not None:
+        return image.alive
+    places = image.layout.placeholder
+    return image.host(places[places >= 0].sort().values)
+
+
 @lru_cache(maxsize=512)
 def cells(rows: int, columns: int, count: int) -> tuple[Tensor, Tensor]:
     """``count`` rectangles of nearly equal size that cover a grid exactly.
