@@ -1,28 +1,45 @@
-"""TinyVLM: its training can be cut off and goes on as if it had not been; what it ships is an ordinary checkpoint."""
+"""TinyVLM and its sibling: training can be cut off and goes on as if it had not been; what is shipped are ordinary
+checkpoints."""
 
 from __future__ import annotations
 
 import json
 import random
+from typing import Any
 
 import pytest
 import torch
 
 from vlprune.evals import synthvqa, tinyvlm
-from vlprune.evals.tinyvlm import build, export, train
+from vlprune.evals.tinyvlm import build, export, qwen, targets, train
+from vlprune.evals.tinyvlm.architecture import Architecture
 from vlprune.evals.tinyvlm.train import Stage, Trainer
 
 SHORT = (
     Stage("encoder", 3, 2, rate=1e-3, encoder_rate=1e-3),
     Stage("vlm", 5, 2, rate=1e-3, encoder_rate=1e-4, unfreeze=2, captions=0.5, zeros=0.5, pointing=0.5),
 )
+ARCHITECTURES = {"llava": build.LLAVA_NEXT, "qwen": qwen.QWEN25_VL}
 
 
-def test_training_goes_on_where_it_was_cut_off(tmp_path):
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> Architecture:
+    return ARCHITECTURES[request.param]
+
+
+def processor_of(architecture: Architecture) -> Any:
+    return build.processor() if architecture is build.LLAVA_NEXT else qwen.processor()
+
+
+def checkpoint_of(name: str) -> Any:
+    return {"tinyvlm": tinyvlm.CHECKPOINT, "tinyvlm-qwen": tinyvlm.QWEN_CHECKPOINT}[name]
+
+
+def test_training_goes_on_where_it_was_cut_off(tmp_path, architecture):
     """Same weights, whether it ran through or was stopped in the middle of a stage."""
-    through = Trainer(tmp_path / "through", SHORT)
+    through = Trainer(tmp_path / "through", SHORT, architecture=architecture)
     through.run()
-    first = Trainer(tmp_path / "cut", SHORT, save_every=2)
+    first = Trainer(tmp_path / "cut", SHORT, save_every=2, architecture=architecture)
     real, calls = first.loss, []
 
     def stop_in_the_second_stage(stage, step):
@@ -34,46 +51,87 @@ def test_training_goes_on_where_it_was_cut_off(tmp_path):
     first.loss = stop_in_the_second_stage
     with pytest.raises(KeyboardInterrupt):
         first.run()
-    second = Trainer(tmp_path / "cut", SHORT, save_every=2)
+    second = Trainer(tmp_path / "cut", SHORT, save_every=2, architecture=architecture)
     second.run()
     for name, weight in through.model.state_dict().items():
         torch.testing.assert_close(second.model.state_dict()[name], weight, atol=1e-6, rtol=0, msg=name)
 
 
-def test_training_sees_what_the_processor_makes():
-    images = [synthvqa.scene("train", i).draw() for i in range(3)]
-    made = build.processor()(images=images, text=["<image>"] * 3, return_tensors="pt")
-    torch.testing.assert_close(train.pixels(images), made["pixel_values"], atol=1e-6, rtol=0)
-    assert int((made["input_ids"][0] == build.SPECIAL.index("<image>")).sum()) == train.VISUAL_TOKENS
+def test_training_sees_what_the_processor_makes(architecture):
+    """Pixels, token types and the number of placeholders, with as much text as comes before the first question."""
+    scenes = [synthvqa.scene("train", i) for i in range(3)]
+    prompt = architecture.before * (architecture is qwen.QWEN25_VL) + architecture.image + architecture.after
+    images = [scene.draw() for scene in scenes]
+    made = processor_of(architecture)(images=images, text=[prompt] * 3, return_tensors="pt")
+    told = architecture.inputs(images, made["input_ids"])
+    assert set(told) == set(made) - {"input_ids", "attention_mask"}
+    for name, value in told.items():
+        torch.testing.assert_close(value.flatten(), made[name].flatten(), atol=1e-6, rtol=0, check_dtype=False)
+    opening = train.Dialogues(architecture).opening
+    assert made["input_ids"].tolist() == [opening] * 3
+    image = architecture.tokenizer().convert_tokens_to_ids(architecture.image)
+    assert opening[1 : architecture.visual_tokens + 1] == [image] * architecture.visual_tokens
 
 
-def test_patches_are_told_what_lies_under_them():
-    """Every character is the target of a patch of the tile it is in, with its place in the text."""
+def test_cells_are_told_what_lies_under_them(architecture):
+    """Every character is the target of a cell of a view that it is in, with its place in the text."""
     picture = synthvqa.scene("train", 0, "scene")
-    targets = train.patch_targets(picture)
+    told = targets.cell_targets(picture, architecture)
     for item in (item for item in picture.items if item.text):
-        tile = 1 + int(item.centre[0] >= synthvqa.TILE) + 2 * int(item.centre[1] >= synthvqa.TILE)
-        found = {(glyph, place) for _, glyph, place in targets[tile].tolist()}
+        views = [number for number, view in enumerate(architecture.views) if view.readable and holds(view.box, item.centre)]
+        assert len(views) == 1
+        found = {(glyph, place) for _, glyph, place in told[views[0]].tolist()}
         for place, char in enumerate(item.text):
-            assert (train.GLYPHS.index(char), place + 1) in found
+            assert (targets.GLYPHS.index(char), place + 1) in found
 
 
-def test_answers_are_learnt_and_nothing_else():
+def holds(box: synthvqa.Box, point: tuple[float, float]) -> bool:
+    return box[0] <= point[0] < box[2] and box[1] <= point[1] < box[3]
+
+
+def test_captions_name_what_lies_in_a_view(architecture):
+    """The view of the whole image names everything, and readable ones name every character."""
+    picture = synthvqa.scene("train", 2, "form")
+    told = targets.caption_targets(picture, architecture)
+    whole = {targets.OWNERS[number] for number in told[0][: len(targets.OWNERS)].nonzero()[0]}
+    assert whole == {item.phrase for item in picture.items}
+    characters = {targets.GLYPHS[number] for number in told[:, len(targets.OWNERS) :].any(0).nonzero()[0]}
+    assert characters == set("".join(item.text for item in picture.items))
+
+
+def test_answers_are_learnt_and_nothing_else(architecture):
     """Labels are the answers with their end marks; the pixels' placeholders and the questions are left out."""
-    dialogues = train.Dialogues()
+    dialogues = train.Dialogues(architecture)
     picture = synthvqa.scene("train", 1, "form")
     batch = dialogues.batch([picture], random.Random(0), Stage("vlm", 1, 1, 1e-3))
-    told = [t for t in batch["labels"][0].tolist() if t != train.IGNORE]
-    text = dialogues.tokenizer.decode(told).split("</s>")[:-1]
+    told = [t for t in batch["labels"][0].tolist() if t != targets.IGNORE]
+    text = dialogues.tokenizer.decode(told).split(architecture.end)[:-1]
     assert sorted(text) == sorted(q.answers[0] for q in picture.questions)
 
 
-def test_answers_point_at_what_shows_them():
-    """Every character of an answer is read off patches of the tile that its glyph is in, and off no two characters' patches."""
+def test_a_dialogue_begins_like_a_prompt(architecture):
+    """What the model is trained on begins as the processor lets an evaluation begin."""
+    picture = synthvqa.scene("train", 1, "form")
+    question = picture.questions[0]
+    sequence = train.Dialogues(architecture).sequence(
+        synthvqa.Scene(picture.layout, picture.background, picture.items, (question,)),
+        random.Random(0),
+        Stage("vlm", 1, 1, 1e-3),
+    )
+    processor = processor_of(architecture)
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}]
+    prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+    made = processor(images=[picture.draw()], text=[prompt], return_tensors="pt")["input_ids"][0].tolist()
+    assert sequence.ids[: len(made)] == made
+    assert sequence.answers[0][0] == len(made)
+
+
+def test_answers_point_at_what_shows_them(architecture):
+    """Every character of an answer is read off cells of the view that its glyph is in, and off no two characters' cells."""
     for index in range(20):
         picture = synthvqa.scene("train", index)
         for question in picture.questions:
-            seen = train.pointed_at(picture, question)
+            seen = targets.pointed_at(picture, question, architecture)
             if question.kind in ("text", "form") or question.text.startswith("What is the value"):
                 assert len(seen) == len(question.answers[0])
                 assert all(seen)
@@ -81,17 +139,17 @@ def test_answers_point_at_what_shows_them():
             if question.answers[0] == "yes":
                 assert seen
             for places in seen:
-                assert 0 <= min(places) <= max(places) < train.VISUAL_TOKENS
+                assert 0 <= min(places) <= max(places) < architecture.visual_tokens
 
 
-def test_the_measured_attention_is_the_models_own():
+def test_the_measured_attention_is_the_models_own(architecture):
     """What the loss on where to look measures, against the attention maps of an eager run."""
-    model = build.model(seed=1).eval()
+    model = architecture.model(seed=1).eval()
     model.set_attn_implementation("eager")
     layer = model.model.language_model.layers[2]
     pointers = train.Pointers([layer])
     scenes = [synthvqa.scene("train", index, "form") for index in range(2)]
-    batch = train.Dialogues().batch(scenes, random.Random(0), SHORT[1])
+    batch = train.Dialogues(architecture).batch(scenes, random.Random(0), SHORT[1])
     pointing, places = batch.pop("pointing"), batch.pop("places")
     batch.pop("labels"), batch.pop("kinds")
     pointers.pointing, pointers.places = pointing, places
@@ -99,7 +157,7 @@ def test_the_measured_attention_is_the_models_own():
         maps = model(**batch, output_attentions=True).attentions[2]
     expected = []
     for sample, row in zip(*torch.nonzero(pointing >= 0, as_tuple=True), strict=True):
-        looked = maps[sample, : train.Pointers.HEADS, pointing[sample, row], 1 : train.VISUAL_TOKENS + 1]
+        looked = maps[sample, : train.Pointers.HEADS, pointing[sample, row], 1 : architecture.visual_tokens + 1]
         expected.append((looked * places[sample, row]).sum(-1).log())
     torch.testing.assert_close(pointers.loss(), -torch.stack(expected).mean(), atol=1e-4, rtol=0)
 
@@ -118,19 +176,69 @@ def test_the_checkpoint_has_the_hubs_file_format():
     assert sum(file.stat().st_size for file in tinyvlm.CHECKPOINT.iterdir()) < 25e6
 
 
-def test_export_round_trip(tmp_path, monkeypatch):
-    """What is written is what is loaded, weight by weight, by from_pretrained."""
-    model = build.model(seed=3)
-    export.export(model, tmp_path)
+def test_export_round_trip(tmp_path, monkeypatch, architecture):
+    """What is written is what is loaded, weight by weight but for their precision, by from_pretrained."""
+    model = architecture.model(seed=3)
+    export.export(model, tmp_path, architecture)
     monkeypatch.setattr(tinyvlm, "CHECKPOINT", tmp_path)
-    loaded, processor = tinyvlm.load()
+    monkeypatch.setattr(tinyvlm, "QWEN_CHECKPOINT", tmp_path)
+    loaded, processor = tinyvlm.load("tinyvlm" if architecture is build.LLAVA_NEXT else "tinyvlm-qwen")
+    assert loaded.dtype == torch.float32
     for name, weight in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], weight), name
-    assert processor.tokenizer.decode(processor.tokenizer("What is the name? K7P").input_ids[1:]) == "What is the name? K7P"
+        assert torch.equal(loaded.state_dict()[name], weight.to(architecture.dtype).float()), name
+    ids = processor.tokenizer("What is the name? K7P", add_special_tokens=False).input_ids
+    assert processor.tokenizer.decode(ids) == "What is the name? K7P"
+    made, again = processor_of(architecture), processor
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is the name?"}]}]
+    images = [synthvqa.scene("train", 0).draw()]
+    inputs = [p(images=images, text=[p.apply_chat_template(chat)], return_tensors="pt") for p in (made, again)]
+    for name, value in inputs[0].items():
+        assert torch.equal(value, inputs[1][name]), name
 
 
-def test_the_tokenizer_takes_any_text_and_gives_it_back():
-    tokenizer = build.tokenizer()
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="'tinyvlm' and 'tinyvlm-qwen'"):
+        tinyvlm.load("llava-7b")
+
+
+@pytest.mark.parametrize("size", [(128, 128), (64, 96), (200, 120), (300, 300), (24, 30)])
+def test_qwens_placeholders_are_as_many_as_its_encoder_makes(size):
+    """Any size of image, and prompts of two images and of none, from the image processor to the model's own count."""
+    processor = qwen.processor()
+    model = qwen.model(0).eval()
+    images = [synthvqa.scene("train", 0).draw().resize(size), synthvqa.scene("train", 1).draw()]
+    both = "<|vision_start|><|image_pad|><|vision_end|>" * 2
+    inputs = processor(images=images, text=[both + "a", "b"], padding=True)
+    width, height = (round(side / 8) for side in size)
+    counts = inputs["image_grid_thw"].prod(-1) // 4
+    assert int((inputs["input_ids"] == processor.image_token_id).sum()) == counts.sum()
+    if 1024 <= 64 * width * height <= 65536:
+        assert counts.tolist() == [width * height, 256]
+    with torch.no_grad():
+        assert model(**inputs).logits.shape[:2] == inputs["input_ids"].shape
+
+
+def test_qwens_processor_counts_images():
+    with pytest.raises(ValueError, match="1 images for 2 placeholders"):
+        qwen.processor()(images=[synthvqa.scene("train", 0).draw()], text=["<|image_pad|><|image_pad|>"])
+
+
+def test_qwens_places_are_rows_and_columns():
+    """What tells M-RoPE of an image: height and width of the grid, and then text that goes on behind the larger one."""
+    inputs = qwen.processor()(
+        images=[synthvqa.scene("train", 0).draw()], text=["<|vision_start|><|image_pad|><|vision_end|>How many"]
+    )
+    model = qwen.model(0)
+    taken = {key: value for key, value in inputs.items() if key != "pixel_values"}
+    positions, _ = model.model.get_rope_index(**taken)
+    rows, columns = positions[1:, 0, 1:257].unflatten(-1, (16, 16))
+    assert torch.equal(rows, torch.arange(1, 17)[:, None].expand(16, 16))
+    assert torch.equal(columns, torch.arange(1, 17)[None].expand(16, 16))
+    assert positions[:, 0, 257:].tolist() == [list(range(17, 17 + inputs["input_ids"].shape[1] - 257))] * 3
+
+
+def test_the_tokenizer_takes_any_text_and_gives_it_back(architecture):
+    tokenizer = architecture.tokenizer()
     for text in ("What does the red sign say?", "K7P", "an unknown word: Zürich"[:16], "A\nB  c", "42"):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert tokenizer.decode(ids) == text

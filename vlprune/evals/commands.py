@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vlprune.errors import VLPruneError
+from vlprune.evals import tinyvlm
 
 app = typer.Typer(
     help="Visual-token pruning for Hugging Face vision-language models.",
@@ -69,7 +70,7 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=1, help="Questions of the SynthVQA test split.")] = 600,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     out: Annotated[Path, typer.Option(help="Folder for rows, summary, table and picture.")] = Path("results/eval"),
-    model: Annotated[str, typer.Option(help="'tinyvlm', or a LLaVA or LLaVA-NeXT model: hub id or folder.")] = TINYVLM,
+    model: Annotated[str, typer.Option(help="'tinyvlm', 'tinyvlm-qwen', or a model's hub id or folder.")] = TINYVLM,
     restart: Annotated[bool, typer.Option("--restart", help="Forget what an earlier run left in the folder.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice by default.")] = None,
     device: Annotated[str, typer.Option(help="'cpu', 'cuda', or 'auto': a GPU if there is one.")] = "auto",
@@ -95,9 +96,9 @@ def evaluate(
                 settings,
                 out,
                 batch_size=batch_size,
-                max_new_tokens=8 if model == TINYVLM else 16,
+                max_new_tokens=8 if model in tinyvlm.NAMES else 16,
                 instruction=instruction,
-                name="TinyVLM" if model == TINYVLM else model,
+                name=tinyvlm.NAMES.get(model, model),
                 command=_command(),
                 restart=restart,
                 progress=progress,
@@ -139,11 +140,9 @@ def _load(model: str, device: str, threads: int | None) -> tuple[Any, Any, str]:
         torch.set_num_threads(threads)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if model == TINYVLM:
-        from vlprune.evals import tinyvlm
-
+    if model in tinyvlm.NAMES:
         logging.disable_progress_bar()
-        loaded, processor = tinyvlm.load()
+        loaded, processor = tinyvlm.load(model)
         return loaded.to(device), processor, ""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

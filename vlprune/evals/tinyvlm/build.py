@@ -6,11 +6,16 @@ ends, so 336 visual tokens an image.
 
 from __future__ import annotations
 
-import string
+import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+from PIL import Image
+from tokenizers import processors
+from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -20,15 +25,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vlprune.evals import synthvqa
+from vlprune.evals.synthvqa import SIZE, TILE, Box
+from vlprune.evals.tinyvlm import tokens
+from vlprune.evals.tinyvlm.architecture import Architecture, View
 
 PATCH = 8
+GRID = TILE // PATCH
+TILES = ((0, 0), (TILE, 0), (0, TILE), (TILE, TILE))
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
-WORDS = (
-    "what does the sign say is name value of bar which highest there a an how many are colour left above image describe "
-    "yes no field cross circle square triangle crosses circles squares triangles "
-    + " ".join((*synthvqa.COLOURS, *synthvqa.KEYS))
-).split()
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['content'] is string %}{{ message['content'] }}"
@@ -43,35 +47,25 @@ CHAT_TEMPLATE = (
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """Whole words of SynthVQA, single characters for everything else."""
-    characters = [*string.digits, *string.ascii_letters, *string.punctuation, " ", "\n"]
-    words = sorted({w for word in WORDS for w in (word, word.capitalize(), f" {word}")} - set(characters))
-    pieces = [(token, 0.0) for token in SPECIAL] + [(c, -4.0) for c in characters] + [(w, -2.0) for w in words]
-    raw = Tokenizer(models.Unigram(pieces, unk_id=SPECIAL.index("<unk>"), byte_fallback=False))
-    raw.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
-    raw.decoder = decoders.Fuse()
-    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw,
+    return tokens.tokenizer(
+        SPECIAL,
+        unknown="<unk>",
+        opening=processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)]),
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
-        unk_token="<unk>",
         extra_special_tokens={"image_token": "<image>"},
-        padding_side="left",
-        model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-        model_max_length=2048,
     )
 
 
 def processor() -> LlavaNextProcessor:
     from transformers import LlavaNextImageProcessor
 
-    tile = {"height": synthvqa.TILE, "width": synthvqa.TILE}
+    tile = {"height": TILE, "width": TILE}
     image_processor = LlavaNextImageProcessor(
-        size={"shortest_edge": synthvqa.TILE},
+        size={"shortest_edge": TILE},
         crop_size=tile,
-        image_grid_pinpoints=[[synthvqa.SIZE, synthvqa.SIZE]],
+        image_grid_pinpoints=[[SIZE, SIZE]],
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
     )
@@ -91,7 +85,7 @@ def config(vocab_size: int) -> LlavaNextConfig:
         "intermediate_size": 384,
         "num_hidden_layers": 5,
         "num_attention_heads": 4,
-        "image_size": synthvqa.TILE,
+        "image_size": TILE,
         "patch_size": PATCH,
         "projection_dim": 128,
         "hidden_act": "gelu",
@@ -103,7 +97,7 @@ def config(vocab_size: int) -> LlavaNextConfig:
         "num_hidden_layers": 5,
         "num_attention_heads": 5,
         "num_key_value_heads": 5,
-        "max_position_embeddings": 2048,
+        "max_position_embeddings": tokens.LONGEST,
         "bos_token_id": SPECIAL.index("<s>"),
         "eos_token_id": SPECIAL.index("</s>"),
         "pad_token_id": SPECIAL.index("<pad>"),
@@ -112,7 +106,7 @@ def config(vocab_size: int) -> LlavaNextConfig:
         vision_config=CLIPVisionConfig(**vision),
         text_config=LlamaConfig(**text),
         image_token_index=SPECIAL.index("<image>"),
-        image_grid_pinpoints=[[synthvqa.SIZE, synthvqa.SIZE]],
+        image_grid_pinpoints=[[SIZE, SIZE]],
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
@@ -123,3 +117,74 @@ def model(seed: int = 0) -> LlavaNextForConditionalGeneration:
     """TinyVLM with fresh weights, float32."""
     torch.manual_seed(seed)
     return LlavaNextForConditionalGeneration(config(len(tokenizer())))
+
+
+def pixels(images: list[Image.Image]) -> Tensor:
+    """What the processor makes of 128 x 128 images: (images, 5, 3, 64, 64), the thumbnail first."""
+    small = np.stack([np.asarray(image.resize((TILE, TILE), Image.Resampling.BICUBIC)) for image in images])
+    full = np.stack([np.asarray(image) for image in images])
+    views = [small] + [full[:, y : y + TILE, x : x + TILE] for x, y in TILES]
+    stacked = torch.from_numpy(np.stack(views, 1)).permute(0, 1, 4, 2, 3)
+    return stacked.float().div_(127.5).sub_(1.0)
+
+
+class LlavaNext(Architecture):
+    """Thumbnail and tiles; patches are read at block -2, [CLS] stands for a view."""
+
+    views = (View(GRID, scale=TILE / SIZE), *(View(GRID, origin) for origin in TILES))
+    visual_tokens = 5 * GRID * GRID + SIZE // PATCH
+    before, image, after, end, pad = "<s>", "<image>", "\n", "</s>", "<pad>"
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        return tokenizer()
+
+    def model(self, seed: int = 0) -> LlavaNextForConditionalGeneration:
+        return model(seed)
+
+    def save_processor(self, folder: Path) -> None:
+        made = processor()
+        made.save_pretrained(folder)
+        # transformers 4.57 looks for the image processor in a file of its own, by its old name.
+        made.image_processor.save_pretrained(folder)
+        path = folder / "preprocessor_config.json"
+        settings = {**json.loads(path.read_text()), "image_processor_type": "LlavaNextImageProcessor"}
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+    def encoder(self, model: Any) -> list[nn.Module]:
+        return [model.model.vision_tower]
+
+    def width(self, model: Any) -> int:
+        return model.config.vision_config.hidden_size
+
+    def features(self, model: Any, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
+        values = pixels(images).flatten(0, 1).to(model.device)
+        out = model.model.vision_tower(values, output_hidden_states=True)
+        return out.hidden_states[-2][:, 1:], out.pooler_output
+
+    def inputs(self, images: list[Image.Image], ids: Tensor) -> dict[str, Tensor]:
+        return {"pixel_values": pixels(images), "image_sizes": torch.tensor([[SIZE, SIZE]] * len(images))}
+
+    def places(self, box: Box, glimpse: bool = True) -> Iterator[int]:
+        width = SIZE // PATCH + 1
+        for view in self.views:
+            rows, columns = view.within(box)
+            for row in rows:
+                for column in columns:
+                    if view.readable:
+                        down, right = view.origin[1] // PATCH + row, view.origin[0] // PATCH + column
+                        yield GRID * GRID + down * width + right
+                    elif glimpse:
+                        yield row * GRID + column
+
+    def hub_name(self, name: str) -> str:
+        name = name.removeprefix("model.")
+        if name.startswith("language_model."):
+            return name.replace("language_model.", "language_model.model.", 1)
+        if name.startswith("lm_head."):
+            return f"language_model.{name}"
+        if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model."):
+            return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+        return name
+
+
+LLAVA_NEXT = LlavaNext()

@@ -1,13 +1,14 @@
-"""Trains TinyVLM on SynthVQA, in two stages; resumes from its last checkpoint.
+"""Trains TinyVLM, or a sibling of it, on SynthVQA, in two stages; resumes from its last checkpoint.
 
-1. ``encoder``: every patch of layer -2 predicts what lies under it (whose it is, which character, the how-manieth), and
-   [CLS] predicts the words and characters of its tile's caption, so that its attention goes to what a caption mentions.
+1. ``encoder``: every cell of what the encoder sees predicts what lies under it (whose it is, which character, the
+   how-manieth), and one vector a view ([CLS], where there is one) predicts the words and characters of its caption, so that
+   its attention goes to what a caption mentions.
 2. ``vlm``: projector and LLM learn, on the frozen encoder first, then along with it. All questions of an image stand
    in one sequence, some images are described too; the loss is on the answers, and on where two heads of the middle layers
    look while they give them. Without the latter the model needs many times the steps to find out that the words of a
    question name a place in the image.
 
-Usage: ``python -m vlprune.evals.tinyvlm.train --out runs/tinyvlm``
+Usage: ``python -m vlprune.evals.tinyvlm.train --out runs/tinyvlm``, with ``--model qwen`` for the sibling
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,25 +27,27 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from PIL import Image
 from torch import Tensor, nn
 
 from vlprune.evals import synthvqa
-from vlprune.evals.synthvqa import SIZE, TILE, Question, Scene
-from vlprune.evals.tinyvlm import build
+from vlprune.evals.synthvqa import Question, Scene
+from vlprune.evals.tinyvlm.architecture import Architecture
+from vlprune.evals.tinyvlm.build import LLAVA_NEXT
 from vlprune.evals.tinyvlm.export import export
+from vlprune.evals.tinyvlm.qwen import QWEN25_VL
+from vlprune.evals.tinyvlm.targets import (
+    COUNTS,
+    GLYPHS,
+    IGNORE,
+    OWNERS,
+    PLACES,
+    caption_targets,
+    cell_targets,
+    count_targets,
+    pointed_at,
+)
 
-GRID = TILE // build.PATCH
-TILES = ((0, 0), (TILE, 0), (0, TILE), (TILE, TILE))
-OWNERS = [
-    "nothing",
-    *(f"{c} {k}" for c in synthvqa.COLOURS for k in (*synthvqa.SHAPES, "sign", "bar")),
-    *(f"{k} field" for k in synthvqa.KEYS),
-]
-GLYPHS = [" ", *sorted(set(synthvqa.LETTERS + synthvqa.DIGITS))]
 LEARNT = [*synthvqa.KINDS, "caption"]
-IGNORE = -100
-VISUAL_TOKENS = 5 * GRID * GRID + SIZE // build.PATCH
 
 
 @dataclass(frozen=True)
@@ -64,94 +67,44 @@ class Stage:
     """Weight of the loss on where two heads of the middle layers look while they answer."""
 
 
-STAGES = (
-    Stage("encoder", 2000, 24, rate=1e-3, encoder_rate=1e-3),
-    Stage("vlm", 1300, 32, rate=1e-3, encoder_rate=2e-4, unfreeze=500, captions=0.2, zeros=0.5, pointing=0.5),
-)
-
-
-def pixels(images: list[Image.Image]) -> Tensor:
-    """What the processor makes of 128 x 128 images: (images, 5, 3, 64, 64), the thumbnail first."""
-    small = np.stack([np.asarray(image.resize((TILE, TILE), Image.Resampling.BICUBIC)) for image in images])
-    full = np.stack([np.asarray(image) for image in images])
-    views = [small] + [full[:, y : y + TILE, x : x + TILE] for x, y in TILES]
-    stacked = torch.from_numpy(np.stack(views, 1)).permute(0, 1, 4, 2, 3)
-    return stacked.float().div_(127.5).sub_(1.0)
+STAGE_NAMES = ("encoder", "vlm")
+SIBLINGS: dict[str, tuple[Architecture, tuple[Stage, ...]]] = {
+    "llava": (
+        LLAVA_NEXT,
+        (
+            Stage("encoder", 2000, 24, rate=1e-3, encoder_rate=1e-3),
+            Stage("vlm", 1300, 32, rate=1e-3, encoder_rate=2e-4, unfreeze=500, captions=0.2, zeros=0.5, pointing=0.5),
+        ),
+    ),
+    "qwen": (
+        QWEN25_VL,
+        (
+            Stage("encoder", 1200, 24, rate=2e-3, encoder_rate=2e-3),
+            Stage("vlm", 1200, 32, rate=1e-3, encoder_rate=2e-4, unfreeze=900, captions=0.2, zeros=0.5, pointing=0.5),
+        ),
+    ),
+}
 
 
 # ------------------------------------------------------------------ stage 1: the encoder
 
 
-def patch_targets(scene: Scene) -> np.ndarray:
-    """(5, 64, 3) integers: owner, character and its place in the text, for every patch of every tile.
-
-    A patch belongs to what its centre lies in. Characters of the thumbnail are too small to read and count as nothing.
-    """
-    targets = np.zeros((5, GRID, GRID, 3), np.int64)
-    targets[0, ..., 1:] = IGNORE
-    for item in scene.items:
-        owner = OWNERS.index(item.phrase)
-        for tile, scale, origin in _views():
-            targets[(tile, *_patches(item.box, scale, origin), 0)] = owner
-            if tile == 0:
-                continue
-            for place, (char, box) in enumerate(zip(item.text, item.glyphs, strict=True)):
-                where = (tile, *_patches(box, scale, origin))
-                targets[(*where, 1)] = GLYPHS.index(char)
-                targets[(*where, 2)] = place + 1
-    return targets.reshape(5, GRID * GRID, 3)
-
-
-def _views() -> Iterator[tuple[int, float, tuple[int, int]]]:
-    yield 0, TILE / SIZE, (0, 0)
-    for tile, origin in enumerate(TILES, start=1):
-        yield tile, 1.0, origin
-
-
-def _patches(box: synthvqa.Box, scale: float, origin: tuple[int, int]) -> tuple[slice, slice]:
-    """Rows and columns of the patches whose centre lies in ``box``."""
-
-    def span(low: float, high: float, start: int) -> slice:
-        first, last = ((v - start) * scale / build.PATCH - 0.5 for v in (low, high))
-        return slice(min(max(math.ceil(first), 0), GRID), min(max(math.ceil(last), 0), GRID))
-
-    return span(box[1], box[3], origin[1]), span(box[0], box[2], origin[0])
-
-
-def caption_targets(scene: Scene) -> np.ndarray:
-    """(5, owners + characters) of 0 and 1: what the caption of each tile says; the thumbnail's names no characters."""
-    targets = np.zeros((5, len(OWNERS) + len(GLYPHS)), np.float32)
-    for item in scene.items:
-        for tile, (x, y) in enumerate(((0, 0), *TILES)):
-            side = SIZE if tile == 0 else TILE
-            if not (x <= item.centre[0] < x + side and y <= item.centre[1] < y + side):
-                continue
-            targets[tile, OWNERS.index(item.phrase)] = 1
-            for char in item.text if tile else "":
-                targets[tile, len(OWNERS) + GLYPHS.index(char)] = 1
-    return targets
-
-
-def count_targets(scene: Scene) -> list[int]:
-    return [min(sum(item.kind == kind for item in scene.items), 5) for kind in synthvqa.SHAPES]
-
-
 class EncoderHeads(nn.Module):
     """Linear read-outs that exist during stage 1 only."""
 
-    def __init__(self, width: int):
+    def __init__(self, architecture: Architecture, width: int):
         super().__init__()
-        self.patch = nn.Linear(width, len(OWNERS) + len(GLYPHS) + 5)
+        self.architecture = architecture
+        self.patch = nn.Linear(width, len(OWNERS) + len(GLYPHS) + PLACES)
         self.caption = nn.Linear(width, len(OWNERS) + len(GLYPHS))
-        self.count = nn.Linear(width, len(synthvqa.SHAPES) * 6)
+        self.count = nn.Linear(width, len(synthvqa.SHAPES) * COUNTS)
 
-    def forward(self, tower: nn.Module, scenes: list[Scene]) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, model: nn.Module, scenes: list[Scene]) -> tuple[Tensor, dict[str, float]]:
         device = self.patch.weight.device
-        values = pixels([scene.draw() for scene in scenes]).to(device)
-        out = tower(values.flatten(0, 1), output_hidden_states=True)
-        patches = out.hidden_states[-2][:, 1:]
-        targets = torch.from_numpy(np.stack([patch_targets(scene) for scene in scenes])).flatten(0, 1).to(device)
-        logits = self.patch(patches).float().split([len(OWNERS), len(GLYPHS), 5], dim=-1)
+        cells, pooled = self.architecture.features(model, [scene.draw() for scene in scenes])
+        targets = np.stack([cell_targets(scene, self.architecture) for scene in scenes])
+        targets = torch.from_numpy(targets).flatten(0, 1).to(device)
+        logits = self.patch(cells).float().split([len(OWNERS), len(GLYPHS), PLACES], dim=-1)
         loss = torch.zeros((), device=device)
         stats = {}
         for name, index, part in zip(("owner", "glyph", "place"), range(3), logits, strict=True):
@@ -161,11 +114,12 @@ class EncoderHeads(nn.Module):
             loss = loss + F.cross_entropy(part.flatten(0, 1), target, weight, ignore_index=IGNORE)
             there = target > 0
             stats[name] = (part.flatten(0, 1).argmax(-1)[there] == target[there]).float().mean().item()
-        captions = torch.from_numpy(np.stack([caption_targets(scene) for scene in scenes])).flatten(0, 1).to(device)
-        loss = loss + 10 * F.binary_cross_entropy_with_logits(self.caption(out.pooler_output).float(), captions)
-        thumbnails = patches.unflatten(0, (len(scenes), 5))[:, 0].mean(1)
+        captions = np.stack([caption_targets(scene, self.architecture) for scene in scenes])
+        captions = torch.from_numpy(captions).flatten(0, 1).to(device)
+        loss = loss + 10 * F.binary_cross_entropy_with_logits(self.caption(pooled).float(), captions)
+        whole = cells.unflatten(0, (len(scenes), -1))[:, 0].mean(1)
         counts = torch.tensor([count_targets(scene) for scene in scenes], device=device)
-        predicted = self.count(thumbnails).float().unflatten(-1, (len(synthvqa.SHAPES), 6))
+        predicted = self.count(whole).float().unflatten(-1, (len(synthvqa.SHAPES), COUNTS))
         loss = loss + F.cross_entropy(predicted.flatten(0, 1), counts.flatten())
         stats["count"] = (predicted.argmax(-1) == counts).float().mean().item()
         return loss, stats
@@ -177,11 +131,14 @@ class EncoderHeads(nn.Module):
 class Dialogues:
     """Turns scenes into sequences: the image, then questions and answers in random order, labels on the answers."""
 
-    def __init__(self, longest: int = 144):
-        self.tokenizer = build.tokenizer()
+    def __init__(self, architecture: Architecture, longest: int = 144):
+        self.architecture = architecture
+        self.tokenizer = architecture.tokenizer()
         self.longest = longest
-        self.bos, self.eos, self.image, self.pad = (build.SPECIAL.index(t) for t in ("<s>", "</s>", "<image>", "<pad>"))
+        self.end, self.pad = self.encode(architecture.end), self.encode(architecture.pad)
         self.newline = self.encode("\n")
+        before, image, after = map(self.encode, (architecture.before, architecture.image, architecture.after))
+        self.opening = before + image * architecture.visual_tokens + after
         self.known: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
@@ -192,17 +149,19 @@ class Dialogues:
         rng.shuffle(questions)
         if rng.random() < stage.captions:
             questions.insert(rng.randint(0, 2), Question("caption", "Describe the image.", (scene.caption(),)))
-        out = Sequence([self.bos] + [self.image] * VISUAL_TOKENS + self.newline)
+        out = Sequence([*self.opening])
         for question in questions:
             if question.text not in self.known:
                 self.known[question.text] = self.encode(f"{question.text}\n")
-            prompt, told = self.known[question.text], [*self.encode(question.answers[0]), self.eos]
-            if len(out.ids) + len(prompt) + len(told) > VISUAL_TOKENS + self.longest:
+            prompt, told = self.known[question.text], [*self.encode(question.answers[0]), *self.end]
+            if len(out.ids) + len(prompt) + len(told) > self.architecture.visual_tokens + self.longest:
                 continue
             first = len(out.ids) + len(prompt)
             out.ids += [*prompt, *told, *self.newline]
             out.answers += [(first + k, question.kind) for k in range(len(told))]
-            out.pointers += [(first + k - 1, places) for k, places in enumerate(pointed_at(scene, question))]
+            out.pointers += [
+                (first + k - 1, places) for k, places in enumerate(pointed_at(scene, question, self.architecture))
+            ]
         return out
 
     def batch(self, scenes: list[Scene], rng: random.Random, stage: Stage) -> dict[str, Tensor]:
@@ -213,20 +172,20 @@ class Dialogues:
         labels = torch.full((len(rows), width), IGNORE)
         kinds = torch.zeros(len(rows), width, dtype=torch.long)
         pointing = torch.full((len(rows), most), -1)
-        places = torch.zeros(len(rows), most, VISUAL_TOKENS)
+        places = torch.zeros(len(rows), most, self.architecture.visual_tokens)
         for i, row in enumerate(rows):
             for position, kind in row.answers:
                 labels[i, position], kinds[i, position] = row.ids[position], LEARNT.index(kind)
             for k, (position, seen) in enumerate(row.pointers):
                 pointing[i, k], places[i, k, seen] = position, 1
+        ids = torch.tensor([row.ids + self.pad * (width - len(row.ids)) for row in rows])
         return {
-            "input_ids": torch.tensor([row.ids + [self.pad] * (width - len(row.ids)) for row in rows]),
+            "input_ids": ids,
             "labels": labels,
             "kinds": kinds,
             "pointing": pointing,
             "places": places,
-            "pixel_values": pixels([scene.draw() for scene in scenes]),
-            "image_sizes": torch.tensor([[SIZE, SIZE]] * len(scenes)),
+            **self.architecture.inputs([scene.draw() for scene in scenes], ids),
         }
 
 
@@ -238,34 +197,6 @@ class Sequence:
     ids: list[int]
     answers: list[tuple[int, str]] = field(default_factory=list)
     pointers: list[tuple[int, list[int]]] = field(default_factory=list)
-
-
-def pointed_at(scene: Scene, question: Question) -> list[list[int]]:
-    """For each token of an answer, the visual tokens (from 0) that show it: a character, or what the question is about."""
-    if question.kind in ("text", "form", "chart"):
-        item = next((i for i in scene.items if i.text and i.text == question.answers[0] and i.name in question.text), None)
-        return [_visual_tokens(box, thumbnail=False) for box in item.glyphs] if item else []
-    plurals = {i: "crosses" if i.kind == "cross" else f"{i.kind}s" for i in scene.items}
-    about = [i for i in scene.items if i.phrase in question.text or plurals[i] in question.text]
-    about = about or [i for i in scene.items if f"colour is the {i.kind}" in question.text]
-    seen = sorted({place for item in about for place in _visual_tokens(item.box)})
-    return [seen] if seen else []
-
-
-def _visual_tokens(box: synthvqa.Box, thumbnail: bool = True) -> list[int]:
-    """Visual tokens, in the order of the prompt, whose centre lies in ``box``."""
-    width = SIZE // build.PATCH + 1
-    seen = []
-    for tile, scale, origin in _views():
-        rows, columns = _patches(box, scale, origin)
-        for row in range(rows.start, rows.stop):
-            for column in range(columns.start, columns.stop):
-                if tile:
-                    down, right = origin[1] // build.PATCH + row, origin[0] // build.PATCH + column
-                    seen.append(GRID * GRID + down * width + right)
-                elif thumbnail:
-                    seen.append(row * GRID + column)
-    return seen
 
 
 class Pointers:
@@ -283,17 +214,19 @@ class Pointers:
     def _measure(self, attention: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if self.pointing is None or self.places is None:
             return
-        hidden, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
+        hidden = kwargs["hidden_states"]
+        cos, sin = (_positions(table, attention) for table in kwargs["position_embeddings"])
         width = self.HEADS * attention.head_dim
         rows = self.pointing.clamp(min=0)
         asking = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[2]))
-        query = F.linear(asking, attention.q_proj.weight[:width]).unflatten(-1, (self.HEADS, -1)).float()
-        key = F.linear(hidden, attention.k_proj.weight[:width]).unflatten(-1, (self.HEADS, -1)).float()
-        query = _rotated(query, cos[0][rows][:, :, None], sin[0][rows][:, :, None])
-        key = _rotated(key, cos[:, :, None], sin[:, :, None])
+        query = _first(attention.q_proj, asking, width).unflatten(-1, (self.HEADS, -1)).float()
+        key = _first(attention.k_proj, hidden, width).unflatten(-1, (self.HEADS, -1)).float()
+        query = _rotated(query, cos[rows][:, :, None], sin[rows][:, :, None])
+        key = _rotated(key, cos[:, None], sin[:, None])
         scores = torch.einsum("brhd,blhd->bhrl", query, key) * attention.scaling
         future = torch.arange(hidden.shape[1], device=hidden.device) > rows[..., None]
-        seen = scores.masked_fill(future[:, None], -torch.inf).softmax(-1)[..., 1 : VISUAL_TOKENS + 1]
+        visual = slice(1, self.places.shape[-1] + 1)
+        seen = scores.masked_fill(future[:, None], -torch.inf).softmax(-1)[..., visual]
         mass = (seen * self.places[:, None]).sum(-1)
         valid = (self.pointing >= 0)[:, None].expand_as(mass)
         self.losses.append(-mass[valid].clamp(min=1e-6).log().mean())
@@ -301,6 +234,20 @@ class Pointers:
     def loss(self) -> Tensor:
         losses, self.losses = self.losses, []
         return torch.stack(losses).mean()
+
+
+def _first(linear: nn.Linear, x: Tensor, width: int) -> Tensor:
+    """The first ``width`` outputs of ``linear``."""
+    return F.linear(x, linear.weight[:width], None if linear.bias is None else linear.bias[:width])
+
+
+def _positions(table: Tensor, attention: Any) -> Tensor:
+    """Cosines or sines of the first sample, ``(L, head_dim)``: those of all, since all begin with the same image's places."""
+    if table.ndim == 4:
+        # transformers 4 leaves it to attention to put a table together of M-RoPE's three.
+        parts = table.split(attention.rope_scaling["mrope_section"] * 2, dim=-1)
+        table = torch.cat([part[i % 3] for i, part in enumerate(parts)], dim=-1)
+    return table[0]
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -338,34 +285,44 @@ def rate_at(step: int, stage: Stage, warm: int = 100) -> float:
 
 
 class Trainer:
-    def __init__(self, out: Path, stages: Iterable[Stage], seed: int = 0, log_every: int = 25, save_every: int = 250):
+    def __init__(
+        self,
+        out: Path,
+        stages: Iterable[Stage],
+        seed: int = 0,
+        log_every: int = 25,
+        save_every: int = 250,
+        architecture: Architecture = LLAVA_NEXT,
+    ):
         self.out, self.stages, self.seed, self.log_every, self.save_every = out, list(stages), seed, log_every, save_every
+        self.architecture = architecture
         out.mkdir(parents=True, exist_ok=True)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model: Any = build.model(seed)
+        self.model: Any = architecture.model(seed)
         self.model.to(self.device)
-        self.heads = EncoderHeads(self.model.config.vision_config.hidden_size).to(self.device)
-        self.dialogues = Dialogues()
+        self.heads = EncoderHeads(architecture, architecture.width(self.model)).to(self.device)
+        self.dialogues = Dialogues(architecture)
         self.pointers = Pointers(self.model.model.language_model.layers[2:4])
         self.seconds = 0.0
 
-    @property
-    def tower(self) -> nn.Module:
-        return self.model.model.vision_tower
+    def encoder(self) -> list[nn.Parameter]:
+        return [p for module in self.architecture.encoder(self.model) for p in module.parameters()]
 
     def optimizer(self, stage: Stage) -> torch.optim.Optimizer:
-        encoder = [*self.tower.parameters()]
+        encoder = self.encoder()
         known = {id(p) for p in encoder}
         rest = [p for p in self.model.parameters() if id(p) not in known]
-        groups = [{"params": encoder, "peak": stage.encoder_rate}]
-        groups.append({"params": [*self.heads.parameters()] if stage.name == "encoder" else rest, "peak": stage.rate})
+        if stage.name == "encoder":
+            # Of the rest only what lies between encoder and heads gets a gradient.
+            rest += self.heads.parameters()
+        groups = [{"params": encoder, "peak": stage.encoder_rate}, {"params": rest, "peak": stage.rate}]
         return torch.optim.AdamW(groups, lr=stage.rate, betas=(0.9, 0.98), weight_decay=0.02)
 
     def loss(self, stage: Stage, step: int) -> tuple[Tensor, dict[str, float]]:
-        first = [s.name for s in STAGES].index(stage.name) * 10_000_000 + step * stage.images
+        first = STAGE_NAMES.index(stage.name) * 10_000_000 + step * stage.images
         scenes = [synthvqa.scene("train", first + k) for k in range(stage.images)]
         if stage.name == "encoder":
-            return self.heads(self.tower, scenes)
+            return self.heads(self.model, scenes)
         batch = self.dialogues.batch(scenes, random.Random(f"{self.seed}/{stage.name}/{step}"), stage)
         batch = {name: value.to(self.device) for name, value in batch.items()}
         return answer_loss(self.model, self.pointers, batch, stage.pointing)
@@ -386,7 +343,8 @@ class Trainer:
         optimizer = self.optimizer(stage)
         first = self.restore(stage, optimizer)
         for step in range(first, stage.steps):
-            self.tower.requires_grad_(stage.encoder_rate > 0 and step >= stage.unfreeze)
+            for parameter in self.encoder():
+                parameter.requires_grad_(stage.encoder_rate > 0 and step >= stage.unfreeze)
             start = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate_at(step, stage)
@@ -438,15 +396,19 @@ class Trainer:
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder of checkpoints and of the curve; a run that was cut off goes on there.")],
+    model: Annotated[str, typer.Option(help="Which sibling: 'llava' or 'qwen'.")] = "llava",
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the order of the questions.")] = 0,
     export_to: Annotated[Path | None, typer.Option("--export", help="Where to write the trained model.")] = None,
 ) -> None:
-    """Train TinyVLM on SynthVQA."""
-    trainer = Trainer(out, STAGES, seed)
+    """Train TinyVLM, or a sibling of it, on SynthVQA."""
+    if model not in SIBLINGS:
+        raise typer.BadParameter(f"{model!r} is none of {', '.join(SIBLINGS)}", param_hint="--model")
+    architecture, stages = SIBLINGS[model]
+    trainer = Trainer(out, stages, seed, architecture=architecture)
     trainer.run()
     folder = export_to or out / "model"
-    export(trainer.model.cpu(), folder)
-    print(f"TinyVLM is in {folder}, after {trainer.seconds / 60:.0f} minutes of training")
+    export(trainer.model.cpu(), folder, architecture)
+    print(f"The model is in {folder}, after {trainer.seconds / 60:.0f} minutes of training")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,76 @@
+"""What TinyVLM is told about a scene while it learns: what lies where, and where an answer can be seen."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vlprune.evals import synthvqa
+from vlprune.evals.synthvqa import Question, Scene
+from vlprune.evals.tinyvlm.architecture import Architecture
+
+OWNERS = [
+    "nothing",
+    *(f"{c} {k}" for c in synthvqa.COLOURS for k in (*synthvqa.SHAPES, "sign", "bar")),
+    *(f"{k} field" for k in synthvqa.KEYS),
+]
+GLYPHS = [" ", *sorted(set(synthvqa.LETTERS + synthvqa.DIGITS))]
+PLACES = 5
+"""Nothing, or the first to the fourth character of a text."""
+COUNTS = 6
+IGNORE = -100
+
+
+def cell_targets(scene: Scene, architecture: Architecture) -> np.ndarray:
+    """(views, cells, 3) integers: owner, character and its place in the text, for every cell of every view.
+
+    A cell belongs to what its centre lies in. Characters of a thumbnail are too small to read and count as nothing.
+    """
+    side = architecture.views[0].cells
+    targets = np.zeros((len(architecture.views), side, side, 3), np.int64)
+    for number, view in enumerate(architecture.views):
+        if not view.readable:
+            targets[number, ..., 1:] = IGNORE
+        for item in scene.items:
+            targets[(number, *_slices(view.within(item.box)), 0)] = OWNERS.index(item.phrase)
+            if not view.readable:
+                continue
+            for place, (char, box) in enumerate(zip(item.text, item.glyphs, strict=True)):
+                where = (number, *_slices(view.within(box)))
+                targets[(*where, 1)] = GLYPHS.index(char)
+                targets[(*where, 2)] = place + 1
+    return targets.reshape(len(architecture.views), side * side, 3)
+
+
+def _slices(ranges: tuple[range, range]) -> tuple[slice, slice]:
+    rows, columns = ranges
+    return slice(rows.start, rows.stop), slice(columns.start, columns.stop)
+
+
+def caption_targets(scene: Scene, architecture: Architecture) -> np.ndarray:
+    """(views, owners + characters) of 0 and 1: what the caption of each view says; a thumbnail's names no characters."""
+    targets = np.zeros((len(architecture.views), len(OWNERS) + len(GLYPHS)), np.float32)
+    for number, view in enumerate(architecture.views):
+        left, top, right, bottom = view.box
+        for item in scene.items:
+            if not (left <= item.centre[0] < right and top <= item.centre[1] < bottom):
+                continue
+            targets[number, OWNERS.index(item.phrase)] = 1
+            for char in item.text if view.readable else "":
+                targets[number, len(OWNERS) + GLYPHS.index(char)] = 1
+    return targets
+
+
+def count_targets(scene: Scene) -> list[int]:
+    return [min(sum(item.kind == kind for item in scene.items), COUNTS - 1) for kind in synthvqa.SHAPES]
+
+
+def pointed_at(scene: Scene, question: Question, architecture: Architecture) -> list[list[int]]:
+    """For each token of an answer, the visual tokens (from 0) that show it: a character, or what the question is about."""
+    if question.kind in ("text", "form", "chart"):
+        item = next((i for i in scene.items if i.text and i.text == question.answers[0] and i.name in question.text), None)
+        return [list(architecture.places(box, glimpse=False)) for box in item.glyphs] if item else []
+    plurals = {i: "crosses" if i.kind == "cross" else f"{i.kind}s" for i in scene.items}
+    about = [i for i in scene.items if i.phrase in question.text or plurals[i] in question.text]
+    about = about or [i for i in scene.items if f"colour is the {i.kind}" in question.text]
+    seen = sorted({place for item in about for place in architecture.places(item.box)})
+    return [seen] if seen else []
