@@ -12,17 +12,40 @@ import transformers
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
 )
 
 import vlprune
+from tests import media
+from tests.media import END, IMAGE, PAD, START, VIDEO, Item, Media
 
-IMAGE, PAD = 90, 0
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 TEXT: dict[str, Any] = {
     "vocab_size": 100,
@@ -45,8 +68,6 @@ VISION: dict[str, Any] = {
     "patch_size": 7,
 }
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
-SIZES = [(28, 56), (56, 56), (50, 28), (30, 84)]
-"""Image sizes (height, width) that prompts take in turn: with and without padding, several tile grids."""
 
 
 def llava(**vision: Any) -> LlavaConfig:
@@ -72,22 +93,176 @@ def _shared() -> dict[str, Any]:
     }
 
 
+def llava_next_video() -> LlavaNextVideoConfig:
+    return LlavaNextVideoConfig(
+        vision_config=CLIPVisionConfig(**VISION), image_grid_pinpoints=PINPOINTS, video_token_index=VIDEO, **_shared()
+    )
+
+
+def llava_onevision() -> LlavaOnevisionConfig:
+    """Pictures of more than two tiles' size are resized."""
+    return LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**VISION),
+        text_config=Qwen2Config(**TEXT),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_2",
+        image_grid_pinpoints=PINPOINTS,
+        pad_token_id=PAD,
+    )
+
+
+QWEN_VISION: dict[str, Any] = {
+    "depth": 4,
+    "num_heads": 4,
+    "in_channels": 3,
+    "patch_size": 4,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+}
+
+
+def _qwen_text(**rope: Any) -> dict[str, Any]:
+    parameters = {"rope_type": "default", "mrope_section": [2, 3, 3], **rope}
+    if VERSION >= (5, 0):
+        return {**TEXT, "rope_parameters": {**parameters, "rope_theta": 10000.0}}
+    return {**TEXT, "rope_scaling": parameters, "rope_theta": 10000.0}
+
+
+def _qwen_tokens() -> dict[str, int]:
+    tokens = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
+    return {**tokens, "pad_token_id": PAD}
+
+
+def qwen2_vl() -> Qwen2VLConfig:
+    vision = {**QWEN_VISION, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
+    return Qwen2VLConfig(vision_config=vision, text_config=_qwen_text(), **_qwen_tokens())
+
+
+def qwen2_5_vl() -> Qwen2_5_VLConfig:
+    vision = {**QWEN_VISION, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "tokens_per_second": 2}
+    vision |= {"window_size": 16, "fullatt_block_indexes": [1, 3]}
+    return Qwen2_5_VLConfig(vision_config=vision, text_config=_qwen_text(), **_qwen_tokens())
+
+
+def qwen3_vl() -> Qwen3VLConfig:
+    vision = {**QWEN_VISION, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64}
+    vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 2]}
+    text = {**_qwen_text(mrope_interleaved=True), "head_dim": 16}
+    return Qwen3VLConfig(vision_config=vision, text_config=text, **_qwen_tokens())
+
+
+def internvl() -> InternVLConfig:
+    vision = {**VISION, "image_size": [28, 28], "patch_size": [7, 7], "use_qk_norm": False}
+    return InternVLConfig(vision_config=vision, text_config=Qwen2Config(**TEXT), image_token_id=IMAGE)
+
+
+def idefics3() -> Idefics3Config:
+    return Idefics3Config(
+        vision_config=dict(VISION), text_config=LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=2, pad_token_id=PAD
+    )
+
+
+def smolvlm() -> SmolVLMConfig:
+    return SmolVLMConfig(
+        vision_config=dict(VISION), text_config=LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=2, pad_token_id=PAD
+    )
+
+
+def gemma3(window: int = 10) -> Gemma3Config:
+    """A window that is shorter than the prompts, in every other layer."""
+    types = ["sliding_attention", "full_attention"] * 2
+    text = {**TEXT, "head_dim": 16, "sliding_window": window, "layer_types": types, "query_pre_attn_scalar": 16}
+    return Gemma3Config(
+        vision_config=SiglipVisionConfig(**VISION).to_dict(), text_config=text, image_token_index=IMAGE, mm_tokens_per_image=4
+    )
+
+
+def mistral3() -> Mistral3Config:
+    vision = {**VISION, "model_type": "pixtral", "image_size": 48, "patch_size": 4, "head_dim": 8}
+    return Mistral3Config(
+        vision_config=vision,
+        text_config=MistralConfig(**TEXT, sliding_window=None),
+        image_token_index=IMAGE,
+        spatial_merge_size=2,
+        vision_feature_layer=-1,
+        pad_token_id=PAD,
+    )
+
+
 @dataclass(frozen=True)
 class Entry:
+    """``cls``: the encoder has [CLS]. ``media``: what its images and videos are. ``video``: it has videos."""
+
     config: Callable[[], Any]
     model: Any
-    tiled: bool = False
     cls: bool = True
+    media: Media = Media()
+    video: bool = False
+    resize: bool = True
+
+
+def _tiles(family: str, **options: int) -> media.Tiles:
+    return media.Tiles(lambda: _unpruned(family), **options)
+
+
+def _qwen(**options: bool) -> media.Packed:
+    return media.Packed(types=VERSION >= (5, 3), **options)
 
 
 FAMILIES: dict[str, Entry] = {
     "llava": Entry(llava, LlavaForConditionalGeneration),
     "llava_siglip": Entry(llava_siglip, LlavaForConditionalGeneration, cls=False),
-    "llava_next": Entry(llava_next, LlavaNextForConditionalGeneration, tiled=True),
+    "llava_next": Entry(llava_next, LlavaNextForConditionalGeneration, media=_tiles("llava_next")),
+    "llava_next_video": Entry(
+        llava_next_video,
+        LlavaNextVideoForConditionalGeneration,
+        media=_tiles("llava_next_video", frame_tokens=4),
+        video=True,
+        resize=False,
+    ),
+    "llava_onevision": Entry(
+        llava_onevision,
+        LlavaOnevisionForConditionalGeneration,
+        cls=False,
+        media=_tiles("llava_onevision", frame_tokens=4, newline=1),
+        video=True,
+        resize=False,
+    ),
+    "qwen2_vl": Entry(qwen2_vl, Qwen2VLForConditionalGeneration, cls=False, media=_qwen(timestamps=False), video=True),
+    "qwen2_5_vl": Entry(
+        qwen2_5_vl,
+        Qwen2_5_VLForConditionalGeneration,
+        cls=False,
+        media=_qwen(timestamps=False, seconds=True),
+        video=True,
+    ),
+    "qwen3_vl": Entry(qwen3_vl, Qwen3VLForConditionalGeneration, cls=False, media=_qwen(timestamps=True), video=True),
+    "internvl": Entry(internvl, InternVLForConditionalGeneration, media=media.Merged(), resize=False),
+    "idefics3": Entry(idefics3, Idefics3ForConditionalGeneration, cls=False, media=media.Lists(), resize=False),
+    "smolvlm": Entry(smolvlm, SmolVLMForConditionalGeneration, cls=False, media=media.Lists(), resize=False),
+    "gemma3": Entry(gemma3, Gemma3ForConditionalGeneration, cls=False, media=media.Merged(types=True), resize=False),
+    "mistral3": Entry(mistral3, Mistral3ForConditionalGeneration, cls=False, media=media.Rows()),
 }
 
-VARIANTS: dict[str, list[dict[str, Any]]] = {"hired": [{}, {"allocation": "sums", "alpha": 0.3}]}
+WAITING: set[str] = set(FAMILIES) - {"llava", "llava_siglip", "llava_next"}
+"""Families that the laws do not hold for yet."""
+
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "hired": [{}, {"allocation": "sums", "alpha": 0.3}],
+    "fastv": [{"layer": 1}],
+    "snapkv": [{"window": 3, "kernel": 3}],
+}
 """Options under which a method goes through the matrices; a method that is not named goes with its defaults."""
+
+LEAST: dict[str, float] = {"fastv": 0.5}
+"""Methods that drop inside the LLM cannot go below a budget, which depends on the model's depth; this one they can reach."""
+
+
+def budget(method: str, wanted: float) -> float:
+    return max(wanted, LEAST.get(method, 0.0))
 
 
 def method_cases() -> list[tuple[str, dict[str, Any]]]:
@@ -100,7 +275,9 @@ def combinations() -> list[tuple[str, str, dict[str, Any]]]:
         (family, name, options)
         for family, entry in FAMILIES.items()
         for name, options in method_cases()
+        if family not in WAITING
         if entry.cls or not any(isinstance(s, vlprune.ClsAttention) for s in vlprune.methods()[name].needs)
+        if entry.resize or not vlprune.methods()[name]().resizes
     ]
 
 
@@ -126,16 +303,26 @@ def prompt(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     side: str = "left",
+    videos: tuple[int, ...] | None = None,
 ) -> dict[str, Tensor]:
-    """Inputs of ``len(images)`` samples: sample i has ``images[i]`` images and ``words[i]`` trailing words."""
+    """Inputs of ``len(images)`` samples: sample i has ``images[i]`` images, ``videos[i]`` videos, ``words[i]`` trailing words.
+
+    The first video comes before the images, the others behind them.
+    """
     generator = torch.Generator().manual_seed(seed)
-    sizes: list[tuple[int, int]] = []
+    of = FAMILIES[family].media
+    shown: list[Item] = []
+    filmed: list[Item] = []
     rows = []
-    for count, length in zip(images, words, strict=True):
+    for sample, (count, films, length) in enumerate(zip(images, videos or (0,) * len(images), words, strict=True)):
         row = [1, *_words(3, generator)]
-        for _ in range(count):
-            sizes.append(SIZES[(len(sizes) + seed) % len(SIZES)])
-            row += [IMAGE] * visual_tokens(family, sizes[-1]) + _words(2, generator)
+        kinds = "v" * min(films, 1) + "i" * count + "v" * (films - 1)
+        for kind in kinds:
+            items = shown if kind == "i" else filmed
+            size = of.sizes[(len(items) + seed) % len(of.sizes)]
+            items.append(Item(len(items), sample, count if kind == "i" else films, size))
+            row += of.image(items[-1]) if kind == "i" else of.video(items[-1], lambda n: _words(n, generator))
+            row += _words(2, generator)
         rows.append(row + _words(length, generator))
     longest = max(map(len, rows))
     ids = torch.full((len(rows), longest), PAD)
@@ -143,13 +330,21 @@ def prompt(
     for i, row in enumerate(rows):
         place = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
         ids[i, place], mask[i, place] = torch.tensor(row), 1
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    if sizes and FAMILIES[family].tiled:
-        inputs["pixel_values"] = torch.randn(len(sizes), 5, 3, 28, 28, generator=generator).to(dtype)
-        inputs["image_sizes"] = torch.tensor(sizes)
-    elif sizes:
-        inputs["pixel_values"] = torch.randn(len(sizes), 3, 28, 28, generator=generator).to(dtype)
+    inputs = {"input_ids": ids, "attention_mask": mask, **of.token_types(ids)}
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    if shown:
+        inputs |= of.image_inputs(shown, len(images), noise)
+    if filmed:
+        inputs |= of.video_inputs(filmed, noise)
     return inputs
+
+
+def choices(family: str, images: tuple[int, ...], videos: tuple[int, ...] = ()) -> int:
+    """How many images and videos the engine counts in such a prompt."""
+    return sum(map(bool, images) if FAMILIES[family].media.many else images) + sum(videos)
 
 
 @lru_cache
@@ -157,23 +352,19 @@ def _unpruned(family: str) -> Any:
     return build(family)
 
 
-@lru_cache
 def visual_tokens(family: str, size: tuple[int, int]) -> int:
     """Placeholders that the model itself wants for an image of ``size``."""
-    if not FAMILIES[family].tiled:
-        return 16
-    model = _unpruned(family)
-    features = image_features(model, {"pixel_values": torch.zeros(1, 5, 3, 28, 28), "image_sizes": torch.tensor([size])})
-    return getattr(features, "pooler_output", features)[0].shape[0]
+    return FAMILIES[family].media.image(Item(0, 0, 1, size)).count(IMAGE)
 
 
 def image_features(model: Any, inputs: dict[str, Tensor]) -> Any:
     """What the model's own ``get_image_features`` gives for the images of ``inputs``."""
-    arguments: dict[str, Any] = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
-    if VERSION < (5, 0):
-        arguments["vision_feature_layer"] = model.config.vision_feature_layer
-        arguments["vision_feature_select_strategy"] = model.config.vision_feature_select_strategy
-    return model.model.get_image_features(**arguments)
+    return media.features(model, inputs)
+
+
+def all_features(model: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """What each of the model's seams gives for the images and videos of ``inputs``."""
+    return {seam: media.features(model, inputs, seam) for seam, pixels in media.SEAMS.items() if pixels in inputs}
 
 
 def _words(count: int, generator: torch.Generator) -> list[int]:
@@ -186,12 +377,22 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 }
 """``batch``: left padding, a different number of visual tokens in each sample, one sample without an image."""
 
+VIDEOS: dict[str, dict[str, Any]] = {
+    "video": {"images": (0,), "videos": (1,), "words": (7,)},
+    "videos and images": {"images": (1, 2, 0, 0), "videos": (2, 1, 1, 0), "words": (7, 4, 9, 6)},
+}
+
+
+def scenarios(family: str) -> dict[str, dict[str, Any]]:
+    """Those of ``SCENARIOS``, and of ``VIDEOS`` for families that have them."""
+    return SCENARIOS | VIDEOS if FAMILIES[family].video else SCENARIOS
+
 
 def generate(model: Any, inputs: dict[str, Tensor], new_tokens: int = 5, **options: Any) -> Any:
     """Greedy generation with the logits of each step in the model's own dtype: ``out.raw (B, steps, vocabulary)``."""
     raw: list[Tensor] = []
     handle = model.lm_head.register_forward_hook(lambda module, args, out: raw.append(out[:, -1].detach().clone()))
-    options = {"do_sample": False, "suppress_tokens": [IMAGE], **options}
+    options = {"do_sample": False, "suppress_tokens": [IMAGE, VIDEO], **options}
     torch.manual_seed(1)
     try:
         out = model.generate(
