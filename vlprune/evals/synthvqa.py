@@ -226,9 +226,14 @@ def _place(rng: random.Random, items: list[Item], width: int, height: int, withi
         box = (left, top, left + width, top + height)
         if within_tile and (left // TILE != (box[2] - 1) // TILE or top // TILE != (box[3] - 1) // TILE):
             continue
-        if all(box[0] >= i.box[2] + 2 or i.box[0] >= box[2] + 2 or box[1] >= i.box[3] + 2 or i.box[1] >= box[3] + 2 for i in items):
+        if all(_apart(box, item.box) for item in items):
             return box
     return None
+
+
+def _apart(one: Box, other: Box) -> bool:
+    """Whether two pixels or more lie between two boxes."""
+    return any(a[axis] >= b[axis + 2] + 2 for a, b in ((one, other), (other, one)) for axis in (0, 1))
 
 
 def _glyphs(box: Box, count: int, cell: tuple[int, int]) -> tuple[Box, ...]:
@@ -260,8 +265,8 @@ def _scene_questions(rng: random.Random, items: list[Item]) -> Iterator[Question
 def _presence(rng: random.Random, shapes: list[Item]) -> Iterator[Question]:
     """Two that are there and two that are not, each of which shares its colour or its shape with one that is."""
     present = sorted({(i.name, i.kind) for i in shapes})
-    absent = sorted({(c, k) for c, _ in present for k in SHAPES} | {(c, k) for c in COLOURS for _, k in present} - set(present))
-    absent = [pair for pair in absent if pair not in present]
+    alike = {(c, k) for c, _ in present for k in SHAPES} | {(c, k) for c in COLOURS for _, k in present}
+    absent = sorted(alike - set(present))
     for pairs, answer in ((present, "yes"), (absent, "no")):
         for colour, kind in rng.sample(pairs, min(2, len(pairs))):
             yield _question("presence", f"Is there a {colour} {kind}?", answer)
@@ -297,7 +302,8 @@ def _draw_item(draw: ImageDraw.ImageDraw, item: Item) -> None:
     if item.kind == "field":
         draw.text((left + 2, top), item.name, font=_font(11), fill=(70, 70, 90))
         draw.rectangle((left, top + 13, *edge), fill=(255, 255, 255), outline=(90, 90, 90))
-        return _draw_text(draw, item, (20, 20, 20))
+        _draw_text(draw, item, (20, 20, 20))
+        return
     fill = COLOURS[item.name]
     if item.kind == "circle":
         draw.ellipse((left, top, *edge), fill=fill)
