@@ -4,50 +4,126 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 import vlprune
-from tests.zoo import IMAGE
+from tests.media import IMAGE, VIDEO
 
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, eq=False)
+class Dropped:
+    """Which tokens of a prompt are gone, layer by layer.
+
+    ``reading[l] (B, L)`` bool: while the prompt is read; ``writing[l] (B, kv_heads or 1, L)``: while text is generated.
+    """
+
+    reading: list[Tensor]
+    writing: list[Tensor]
+
+    @property
+    def entering(self) -> Tensor:
+        return self.reading[0]
+
+    def any(self) -> bool:
+        return any(bool(layer.any()) for layer in self.writing)
+
+    @classmethod
+    def of(cls, hidden: Tensor, layers: int) -> Dropped:
+        """The same tokens in all layers."""
+        return cls([hidden] * layers, [hidden[:, None]] * layers)
+
+
+def dropped(model: Any, inputs: dict[str, Tensor], report: vlprune.Report) -> Dropped:
+    """What the report says that was dropped from the prompt."""
+    layers = len(text_layers(model))
+    images = _distinct(inputs, report)
+    reading = [_scattered(inputs, [_gone(image, _kept_at(image, layer)) for image in images]) for layer in range(layers)]
+    writing = []
+    for layer in range(layers):
+        evicted = [next((s.kept for s in image.stages if s.name == "evict" and s.layer == layer), None) for image in images]
+        heads = max([len(kept) for kept in evicted if kept and isinstance(kept[0], list)], default=1)
+        chosen = [
+            [_gone(image, _of_head(kept, head) if kept is not None else _kept_at(image, layer)) for image, kept in zip(images, evicted, strict=True)]
+            for head in range(heads)
+        ]
+        writing.append(torch.stack([_scattered(inputs, head) for head in chosen], 1))
+    return Dropped(reading, writing)
+
+
 def hidden_positions(inputs: dict[str, Tensor], report: vlprune.Report) -> Tensor:
-    """Which tokens of the prompt the report's choice dropped: ``(B, L)`` bool."""
-    visual = inputs["input_ids"] == IMAGE
+    """Which tokens of the prompt did not enter the LLM: ``(B, L)`` bool."""
+    return _scattered(inputs, [_gone(image, image.kept) for image in _distinct(inputs, report)])
+
+
+def _distinct(inputs: dict[str, Tensor], report: vlprune.Report) -> list[Any]:
+    visual = int(((inputs["input_ids"] == IMAGE) | (inputs["input_ids"] == VIDEO)).sum())
     # Before transformers 5.18 the encoder sees every image once a beam.
-    copies = max(1, sum(image.total for image in report.images) // max(1, int(visual.sum())))
-    images = report.images[::copies]
-    flat = torch.cat([_dropped(image) for image in images]) if images else torch.zeros(0, dtype=torch.bool)
-    return torch.zeros_like(visual).masked_scatter(visual, flat)
+    copies = max(1, sum(image.total for image in report.images) // max(1, visual))
+    return report.images[::copies]
 
 
-def _dropped(image: Any) -> Tensor:
-    dropped = torch.ones(image.total, dtype=torch.bool)
-    dropped[image.kept] = False
-    return dropped
+def _scattered(inputs: dict[str, Tensor], gone: list[Tensor]) -> Tensor:
+    """The report lists a sequence's images before its videos."""
+    ids = inputs["input_ids"]
+    hidden = torch.zeros_like(ids, dtype=torch.bool)
+    flags = iter(torch.cat(gone).tolist() if gone else [])
+    for sample in range(ids.shape[0]):
+        for token in (IMAGE, VIDEO):
+            for place in (ids[sample] == token).nonzero()[:, 0]:
+                hidden[sample, place] = next(flags)
+    return hidden
+
+
+def _kept_at(image: Any, layer: int) -> list[int]:
+    kept = image.kept
+    for stage in image.stages:
+        if stage.name == "prefill" and stage.layer <= layer:
+            kept = stage.kept
+    return kept
+
+
+def _of_head(kept: list[Any], head: int) -> list[int]:
+    return kept[head] if kept and isinstance(kept[0], list) else kept
+
+
+def _gone(image: Any, kept: list[int]) -> Tensor:
+    gone = torch.ones(image.total, dtype=torch.bool)
+    gone[kept] = False
+    return gone
+
+
+def text_layers(model: Any) -> list[Any]:
+    base = model.model
+    return list((base.text_model if hasattr(base, "text_model") else base.language_model).layers)
 
 
 @contextmanager
-def masked(model: Any, inputs: dict[str, Tensor], hidden: Tensor, features: Any = None) -> Iterator[Any]:
-    """Inside the block the tokens ``hidden (B, L)`` of the prompt are invisible to all others in every decoder layer.
+def masked(model: Any, inputs: dict[str, Tensor], hidden: Tensor | Dropped, features: Any = None) -> Iterator[Any]:
+    """Inside the block dropped tokens of the prompt are invisible to all others, in the layers where they are gone.
 
-    ``features``: what the model is to take for its image features, where a method has merged some.
+    ``features``: what the model is to take for its image features (and video features, in a tuple with them), where a method
+    has changed some.
     """
-    base = model.model
+    base, layers = model.model, text_layers(model)
+    gone = hidden if isinstance(hidden, Dropped) else Dropped.of(hidden, len(layers))
+    real = inputs["attention_mask"].bool()
     handles = [
-        layer.register_forward_pre_hook(_Hide(model, inputs["attention_mask"].bool(), hidden), with_kwargs=True)
-        for layer in base.language_model.layers
+        layer.register_forward_pre_hook(_Hide(model, index, real, gone), with_kwargs=True) for index, layer in enumerate(layers)
     ]
-    if features is not None:
-        base.__dict__["get_image_features"] = _Given(base, features)
+    given = features if isinstance(features, dict) else {} if features is None else {"get_image_features": features}
+    for name, value in given.items():
+        base.__dict__[name] = _Given(base, name, value)
     try:
         yield model
     finally:
-        base.__dict__.pop("get_image_features", None)
+        for name in given:
+            base.__dict__.pop(name, None)
         for handle in handles:
             handle.remove()
 
@@ -56,30 +132,36 @@ def pruned_and_masked(model: Any, inputs: dict[str, Tensor], run: Callable[[], T
     """What ``run()`` gives on the pruned ``model``, and on the unpruned one with the dropped tokens of ``inputs`` masked."""
     with vlprune.applied(model, **{"method": "hired", "budget": 0.4, **options}):
         pruned = run()
-        hidden = hidden_positions(inputs, vlprune.report(model))
-    assert hidden.any()
-    with masked(model, inputs, hidden):
+        gone = dropped(model, inputs, vlprune.report(model))
+    assert gone.any()
+    with masked(model, inputs, gone):
         return pruned, run()
 
 
 class _Given:
-    def __init__(self, base: Any, features: Any):
-        self.base, self.features = base, features
+    def __init__(self, base: Any, name: str, features: Any):
+        self.base, self.name, self.features = base, name, features
 
     @property
     def __signature__(self) -> Any:
         import inspect
 
-        return inspect.signature(type(self.base).get_image_features.__get__(self.base))
+        return inspect.signature(getattr(type(self.base), self.name).__get__(self.base))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.features
 
 
 class _Hide:
-    def __init__(self, model: Any, real: Tensor, hidden: Tensor):
-        self.eager = model.config._attn_implementation == "eager"
-        self.real, self.hidden = real, hidden
+    """Replaces a layer's mask by the model's own one with more hidden columns, a mask a query head where heads differ."""
+
+    def __init__(self, model: Any, index: int, real: Tensor, gone: Dropped):
+        config = model.config.get_text_config()
+        self.eager = config._attn_implementation == "eager"
+        self.heads = config.num_attention_heads
+        types = getattr(config, "layer_types", None)
+        self.window = config.sliding_window if types and types[index] == "sliding_attention" else None
+        self.index, self.real, self.gone = index, real, gone
 
     def __call__(self, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         hidden_states = args[0] if args else kwargs["hidden_states"]
@@ -88,19 +170,35 @@ class _Hide:
         past = int(cache.get_seq_length(layer.self_attn.layer_idx)) if cache is not None else 0
         if kwargs.get("cache_position") is not None:
             past = int(kwargs["cache_position"][0])
-        copies = batch // self.real.shape[0]
         columns = past + queries
         if getattr(cache, "is_compileable", False):
             columns = cache.layers[0].max_cache_len
-        seen = torch.ones(batch, columns, dtype=torch.bool)
-        prompt = min(self.real.shape[1], columns)
-        seen[:, :prompt] = (self.real & ~self.hidden).repeat_interleave(copies, 0)[:, :prompt]
-        rows = torch.arange(queries)[:, None] + past
-        mask = (rows >= torch.arange(columns)) & seen[:, None]
+        mask = self._own(kwargs.get("attention_mask"), batch, past, queries, columns)
+        gone = self.gone.reading[self.index][:, None] if past == 0 else self.gone.writing[self.index]
+        seen = self.real[:, None] & ~gone
+        prompt = min(seen.shape[2], columns)
+        shown = torch.ones(*seen.shape[:2], columns, dtype=torch.bool)
+        shown[:, :, :prompt] = seen[:, :, :prompt]
+        shown = shown.repeat_interleave(batch // shown.shape[0], 0)[:, :, columns - mask.shape[3] :]
+        mask = mask & (shown[:, :, None] if shown.shape[1] == 1 else shown.repeat_interleave(self.heads // shown.shape[1], 1)[:, :, None])
         # A row that may look at nothing gives NaN; nobody looks at such rows.
-        mask = mask | (rows == torch.arange(columns))
-        mask = mask[:, None]
+        rows = torch.arange(queries)[:, None] + past
+        mask = mask | (rows == torch.arange(columns - mask.shape[3], columns))
         if self.eager:
             floor = torch.finfo(hidden_states.dtype).min
             mask = torch.zeros(mask.shape, dtype=hidden_states.dtype).masked_fill(~mask, floor)
         return args, {**kwargs, "attention_mask": mask}
+
+    def _own(self, mask: Any, batch: int, past: int, queries: int, columns: int) -> Tensor:
+        """What the model itself lets see: ``(B, 1, queries, columns)`` bool, fewer columns where a window has moved on."""
+        if mask is not None and mask.ndim == 4:
+            mask = mask if mask.dtype == torch.bool else mask >= 0
+            return mask.expand(batch, 1, queries, mask.shape[3]).clone()
+        rows, every = torch.arange(queries)[:, None] + past, torch.arange(columns)
+        causal = rows >= every
+        if self.window is not None:
+            causal = causal & (rows - every < self.window)
+            causal = causal[:, -min(columns, self.window - 1 + queries) :]
+        return causal.expand(batch, 1, queries, -1).clone()
+
+

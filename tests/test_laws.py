@@ -9,7 +9,7 @@ import torch
 
 import vlprune
 from tests import zoo
-from tests.reference import hidden_positions, masked
+from tests.reference import dropped, masked
 
 COMBINATIONS = zoo.combinations()
 
@@ -23,13 +23,12 @@ def test_law_1_dropping_equals_masking(family, method, options, attention, scena
     model = zoo.build(family, attention)
     inputs = zoo.prompt(family, **zoo.SCENARIOS[scenario])
     extra = {"cache_implementation": "static"} if cache == "static" else {}
-    with vlprune.applied(model, method, budget=0.4, **options):
+    with vlprune.applied(model, method, budget=zoo.budget(method, 0.4), **options):
         pruned = zoo.generate(model, inputs, **extra)
-        report = vlprune.report(model)
+        gone = dropped(model, inputs, vlprune.report(model))
         features = zoo.image_features(model, inputs)
-    hidden = hidden_positions(inputs, report)
-    assert hidden.any()
-    with masked(model, inputs, hidden, features):
+    assert gone.any()
+    with masked(model, inputs, gone, features):
         expected = zoo.generate(model, inputs, **extra)
     assert torch.equal(pruned.sequences, expected.sequences)
     torch.testing.assert_close(pruned.raw, expected.raw, atol=1e-4, rtol=0)
@@ -42,14 +41,13 @@ def test_law_1_in_a_plain_forward(family, method, options, attention, side):
     """Logits of every token that is neither padding nor dropped, under both paddings."""
     model = zoo.build(family, attention)
     inputs = zoo.prompt(family, **zoo.SCENARIOS["batch"], side=side)
-    with vlprune.applied(model, method, budget=0.3, **options), torch.no_grad():
+    with vlprune.applied(model, method, budget=zoo.budget(method, 0.3), **options), torch.no_grad():
         pruned = model(**inputs).logits
-        report = vlprune.report(model)
+        gone = dropped(model, inputs, vlprune.report(model))
         features = zoo.image_features(model, inputs)
-    hidden = hidden_positions(inputs, report)
-    with masked(model, inputs, hidden, features), torch.no_grad():
+    with masked(model, inputs, gone, features), torch.no_grad():
         expected = model(**inputs).logits
-    seen = inputs["attention_mask"].bool() & ~hidden
+    seen = inputs["attention_mask"].bool() & ~gone.reading[-1]
     assert pruned.shape == expected.shape
     torch.testing.assert_close(pruned[seen], expected[seen], atol=1e-4, rtol=0)
 
@@ -64,7 +62,7 @@ def test_law_2_nothing_to_do_is_exactly_nothing(family, method, options, scenari
     expected, expected_text = zoo.generate(model, inputs), zoo.generate(model, text)
     with vlprune.applied(model, method, **{**options, "budget": 1.0}):
         assert torch.equal(zoo.generate(model, inputs).raw, expected.raw)
-    with vlprune.applied(model, method, **{**options, "budget": 0.2}):
+    with vlprune.applied(model, method, **{**options, "budget": zoo.budget(method, 0.2)}):
         zoo.generate(model, inputs)
         assert torch.equal(zoo.generate(model, text).raw, expected_text.raw)
     assert torch.equal(zoo.generate(model, inputs).raw, expected.raw)
@@ -94,7 +92,7 @@ def test_law_2_nothing_is_left_behind(family, method, options):
     inputs = zoo.prompt(family)
     zoo.generate(model, inputs)
     before = snapshot(model)
-    vlprune.apply(model, method, budget=0.3, **options)
+    vlprune.apply(model, method, budget=zoo.budget(method, 0.3), **options)
     assert snapshot(model) != before
     zoo.generate(model, inputs)
     vlprune.remove(model)
@@ -107,15 +105,25 @@ def test_law_4_budgets_are_met_exactly_and_known_before(family, method, options,
     model = zoo.build(family)
     inputs = zoo.prompt(family, **zoo.SCENARIOS["batch"])
     made = vlprune.methods()[method](budget=budget, **options)
-    with vlprune.applied(model, made), torch.no_grad():
-        model(**inputs)
-        images = vlprune.report(model).images
-    assert len(images) == 3
-    for image in images:
-        assert len(image.kept) == made.count(image.total)
-        assert image.kept == sorted(set(image.kept))
-        assert image.kept[0] >= 0
-        assert image.kept[-1] < image.total
+    try:
+        with vlprune.applied(model, made), torch.no_grad():
+            model(**inputs)
+            images, patch = vlprune.report(model).images, model._vlprune
+    except vlprune.BudgetError as error:
+        assert method in zoo.LEAST, error
+        return
+    plans = [made.plan(choice.chosen.layout, patch.parts.shape) for choice in patch.prefill.images]
+    assert len(images) == len(plans) > 0
+    for image, plan in zip(images, plans, strict=True):
+        stages = {(stage.name, stage.layer): stage.kept for stage in image.stages}
+        counts = {(("prefill", layer), count) for layer, count in plan.prefill.items()}
+        counts |= {(("evict", layer), count) for layer, count in plan.cached.items()}
+        assert len(image.kept) == plan.entering
+        for stage, count in counts:
+            assert {len(head) for head in torch.tensor(stages[stage]).view(-1, count)} <= {count}
+        for kept in [image.kept, *(head for kept in stages.values() for head in torch.tensor(kept).view(-1, max(1, torch.tensor(kept).shape[-1])).tolist())]:
+            assert kept == sorted(set(kept))
+            assert not kept or (kept[0] >= 0 and kept[-1] < image.total)
 
 
 @pytest.mark.parametrize(("family", "method", "options"), COMBINATIONS)
@@ -127,10 +135,12 @@ def test_batch_of_n_equals_n_batches_of_one(family, method, options):
     batch = {name: torch.cat([pad(p[name]) for p in prompts]) for name in ("input_ids", "attention_mask")}
     for name in prompts[0].keys() - batch.keys():
         batch[name] = torch.cat([p[name] for p in prompts])
-    with vlprune.applied(model, method, budget=9, **options):
+    with vlprune.applied(model, method, budget=0.5 if method in zoo.LEAST else 9, **options):
         together = zoo.generate(model, batch)
-        kept = [image.kept for image in vlprune.report(model).images]
+        images = vlprune.report(model).images
         for i, single in enumerate(prompts):
             alone = zoo.generate(model, single)
-            assert vlprune.report(model).images[0].kept == kept[i]
+            image = vlprune.report(model).images[0]
+            assert image.kept == images[i].kept
+            assert [stage.kept for stage in image.stages] == [stage.kept for stage in images[i].stages]
             torch.testing.assert_close(together.raw[i], alone.raw[0], atol=1e-9, rtol=0)

@@ -16,40 +16,62 @@ from vlprune.errors import (
     UnsupportedModelError,
     VLPruneError,
 )
-from vlprune.image import ImageLayout, ImageTokens, top
-from vlprune.method import Merge, Method, ScoreMethod, Selection, from_dict, register
+from vlprune.image import CacheTokens, ImageLayout, ImageTokens, LayerTokens, ModelShape, VisionTokens, top
+from vlprune.method import Merge, Method, Plan, ScoreMethod, Selection, from_dict, register
 from vlprune.method import methods as _methods
-from vlprune.methods import HiRED, Pool, Random, Resize, Uniform
+from vlprune.methods import FastV, HiRED, Pool, Random, Resize, SnapKV, Uniform, chain
 from vlprune.report import Report
-from vlprune.signals import ClsAttention, Hidden, Keys
+from vlprune.signals import (
+    ClsAttention,
+    Hidden,
+    Keys,
+    MeanAttention,
+    ModuleDelta,
+    QueryAttention,
+    ReceivedAttention,
+    Values,
+)
 
 methods = _methods  # after the package vlprune.methods is imported, whose name the function takes here
 __version__ = "0.1.0"
 __all__ = [
     "BudgetError",
+    "CacheTokens",
     "ClsAttention",
+    "FastV",
     "HiRED",
     "Hidden",
     "ImageLayout",
     "ImageTokens",
     "IncompatibleCacheError",
     "Keys",
+    "LayerTokens",
+    "MeanAttention",
     "Merge",
     "Method",
+    "ModelShape",
+    "ModuleDelta",
     "NotAppliedError",
     "OptionError",
+    "Plan",
     "Pool",
+    "QueryAttention",
     "Random",
+    "ReceivedAttention",
     "Report",
     "Resize",
     "ScoreMethod",
     "Selection",
+    "SnapKV",
     "Uniform",
     "UnsupportedMethodError",
     "UnsupportedModelError",
     "VLPruneError",
+    "Values",
+    "VisionTokens",
     "applied",
     "apply",
+    "chain",
     "from_dict",
     "methods",
     "register",

@@ -58,6 +58,12 @@ def apportion(count: int, weights: Sequence[float], capacities: Sequence[int]) -
 # Methods that drop inside the LLM spend `room` = budget x layers: a token costs one for each layer that it goes through.
 
 
+def room(budget: Budget, total: int, layers: int) -> int:
+    """What a method may spend on an image of ``total`` visual tokens in an LLM of ``layers``."""
+    mean = min(budget, total) if isinstance(budget, int) else budget * total
+    return math.floor(round(mean * layers, 6))
+
+
 def largest(cost: Callable[[int], int], room: int, high: int) -> int:
     """The largest n in 1..``high`` with ``cost(n) <= room``, 0 if there is none. ``cost`` must never fall."""
     return bisect_right(range(1, high + 1), room, key=cost)

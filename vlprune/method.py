@@ -93,6 +93,11 @@ class Method:
         return tuple(stage for stage in STAGES if getattr(type(self), stage) is not getattr(Method, stage))
 
     @property
+    def resizes(self) -> bool:
+        """Whether the method has the encoder see images at other sizes."""
+        return type(self).encoder_grid is not Method.encoder_grid
+
+    @property
     def every(self) -> int | None:
         """``evict`` is asked again each time so many tokens have been generated; None: only after the prompt."""
         return None
@@ -221,6 +226,10 @@ def make(method: str | Method | type[Method], **options: Any) -> Method:
 def from_dict(data: dict[str, Any]) -> Method:
     """The inverse of :meth:`Method.to_dict`."""
     options = dict(data)
+    if options["method"] == "chain":
+        from vlprune.methods.chain import chain
+
+        return chain(*map(from_dict, options["methods"]))
     return make(options.pop("method"), **options)
 
 

@@ -12,17 +12,23 @@ if TYPE_CHECKING:
     from vlprune.engine.encoder import Chosen
     from vlprune.engine.family import Parts
     from vlprune.engine.patch import Patch
+    from vlprune.engine.sequence import Image
+    from vlprune.engine.steps import Step
 
 
 @dataclass(frozen=True)
 class StageReport:
-    """One stage: ``layer`` is None where it lies outside of the layers; ``seconds`` is time on the device."""
+    """One stage: ``layer`` is None where it lies outside of the layers; ``seconds`` is time on the device.
+
+    ``kept``: which of the image's placeholders had a token afterwards; a list for each head where ``evict`` chose by head.
+    """
 
     name: str
     layer: int | None
     tokens_in: int
     tokens_out: int
     seconds: float
+    kept: list[Any]
 
 
 @dataclass(frozen=True)
@@ -73,11 +79,12 @@ class Report:
 
     def __str__(self) -> str:
         knobs = ", ".join(f"{k}={v}" for k, v in self.method.items() if k != "method")
-        lines = [f"{self.method['method']} ({knobs})", f"{'image':>6} {'stage':>8} {'tokens in':>10} {'out':>6} {'ms':>8}"]
+        lines = [f"{self.method['method']} ({knobs})", f"{'image':>6} {'stage':>10} {'tokens in':>10} {'out':>6} {'ms':>8}"]
         for index, image in enumerate(self.images):
             for stage in image.stages:
                 cells = f"{stage.tokens_in:>10} {stage.tokens_out:>6} {stage.seconds * 1000:>8.2f}"
-                lines.append(f"{index:>6} {stage.name:>8} {cells}")
+                name = stage.name if stage.layer is None else f"{stage.name} {stage.layer}"
+                lines.append(f"{index:>6} {name:>10} {cells}")
         lines.append(f"visual tokens into the LLM: {self.entering} of {self.total}, mean over its layers {self.layer_mean:g}")
         for name, now, before in (
             ("GFLOPs", self.flops / 1e9, self.flops_unpruned / 1e9),
@@ -88,35 +95,57 @@ class Report:
 
     @classmethod
     def of(cls, patch: Patch) -> Report:
-        prefill = patch.prefill
+        prefill, parts = patch.prefill, patch.parts
         assert prefill is not None
-        images = [_image(choice) for choice in prefill.chosen]
-        entering = sum(image.tokens_out for image in images)
-        text, layers = patch.parts.text, patch.parts.text_layers
+        layers = len(parts.text_layers)
+        physical = prefill.physical or [prefill.logical] * layers
+        held = prefill.held or [prefill.past] * layers
+        cached = prefill.cached or [prefill.logical + prefill.past] * layers
+        counts = [_layer_counts(image, layers) for image in prefill.images]
+        token = _kv_bytes_per_token(parts.text) * prefill.batch / layers
+        choices = [image.chosen for image in prefill.images]
 
-        def llm(new: int, past: int) -> int:
-            return prefill.batch * _layer_flops(layers, new, past + new, _width(text.config))
+        def llm(new: list[int], past: list[int]) -> int:
+            width = _width(parts.text.config)
+            flops = [_layer_flops([b], n, p + n, width) for b, n, p in zip(parts.text_layers, new, past, strict=True)]
+            return prefill.batch * sum(flops)
 
-        token = _kv_bytes_per_token(text) * prefill.batch
         return cls(
             method=patch.method.to_dict(),
-            images=images,
-            entering=entering,
-            leaving=entering,
-            layer_mean=float(entering),
-            flops=llm(prefill.physical, prefill.past_physical)
-            + sum(c.layout.tiles * _tile_flops(patch.parts, c.grid) for c in prefill.chosen),
-            flops_unpruned=llm(prefill.logical, prefill.past_logical)
-            + sum(c.layout.tiles * _tile_flops(patch.parts, c.layout.grid) for c in prefill.chosen),
-            kv_bytes=token * (prefill.past_physical + prefill.physical),
-            kv_bytes_unpruned=token * (prefill.past_logical + prefill.logical),
+            images=[_image(image) for image in prefill.images],
+            entering=sum(choice.kept for choice in choices),
+            leaving=sum(image[-1] for image in counts),
+            layer_mean=sum(map(sum, counts)) / layers,
+            flops=llm(physical, held) + sum(_encoder_flops(parts, choice) for choice in choices),
+            flops_unpruned=llm([prefill.logical] * layers, [prefill.past] * layers)
+            + sum(c.layout.tiles * _tile_flops(parts, c.layout.grid) for c in choices),
+            kv_bytes=round(token * sum(cached)),
+            kv_bytes_unpruned=round(token * layers * (prefill.past + prefill.logical)),
         )
 
 
-def _image(choice: Chosen) -> ImageReport:
-    total = choice.layout.total
-    kept = list(range(total)) if choice.keep is None else choice.keep.tolist()
-    return ImageReport(total, kept, [StageReport("select", None, total, len(kept), choice.clock.seconds)])
+def _image(image: Image) -> ImageReport:
+    choice = image.chosen
+    kept = list(range(choice.layout.total)) if choice.keep is None else choice.keep.tolist()
+    return ImageReport(choice.layout.total, kept, [_stage(step) for step in [*choice.steps, *image.steps]])
+
+
+def _stage(step: Step) -> StageReport:
+    return StageReport(step.stage, step.layer, step.tokens_in, step.tokens_out, step.clock.seconds, step.kept.tolist())
+
+
+def _layer_counts(image: Image, layers: int) -> list[int]:
+    """The image's visual tokens in each of the LLM's layers."""
+    left = {step.layer: step.tokens_out for step in image.steps if step.stage == "prefill"}
+    counts, now = [], image.chosen.kept
+    for layer in range(layers):
+        now = left.get(layer, now)
+        counts.append(now)
+    return counts
+
+
+def _encoder_flops(parts: Parts, choice: Chosen) -> int:
+    return choice.layout.tiles * _tile_flops(parts, choice.grid)
 
 
 def _tile_flops(parts: Parts, grid: tuple[int, int]) -> int:

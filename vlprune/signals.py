@@ -4,8 +4,7 @@ Signals are measured beside the model's own attention: whichever kernel the mode
 float32 and without gradient; queries and keys are those that the kernel gets, with rotary embedding and norms applied.
 
 ``layer`` counts blocks from 0; negative numbers count from the end, so vision layer -2 is the block whose output LLaVA feeds
-to its projector. None is the hook's own block: the one just run for ``encode``, the one before the layer for ``prefill``,
-the one whose cache it is for ``evict``.
+to its projector. None is the hook's own block: the one just run for ``encode``, the one before the layer for ``prefill``.
 
 The shapes below are those of the vision encoder, with a tile's patches in raster order; where the model merges groups of
 patches into one visual token, *patch* means such a group, and its value is the mean over the group. In the LLM there is one
@@ -52,13 +51,14 @@ class QueryAttention(Signal):
     """Softmax attention of text tokens to an image's visual tokens: ``(heads, queries, patches)``. LLM only.
 
     ``queries``: ``"last"``, the last token of the prompt; ``"text"``, all its text tokens; or a number, so many of its last
-    text tokens. Text before the image pays it no attention, so its rows are zero. ``mean_heads`` averages over heads, which
-    leaves one.
+    text tokens. Text before the image pays it no attention, so its rows are zero. ``mean_heads`` and ``mean_queries`` average
+    over heads and queries, which leaves one of them.
     """
 
     tower: Literal["vision", "text"] = "text"
     queries: Literal["last", "text"] | int = "last"
     mean_heads: bool = False
+    mean_queries: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ included, goes on in lengths that count every token.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence as Listing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +16,14 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from vlprune.engine import cache as caches
-from vlprune.engine import masks
+from vlprune.engine import masks, stages
 from vlprune.engine.encoder import Chosen, EncoderHooks
 from vlprune.engine.family import Parts
-from vlprune.engine.rows import RowMap, put, right_align, take
+from vlprune.engine.rows import RowMap, Take, put, take, take_tables
+from vlprune.engine.sequence import Image, Sequence
+from vlprune.engine.text_signals import TextSignals
 from vlprune.errors import VLPruneError
+from vlprune.method import Method
 
 CONTEXT = "vlprune_context"
 
@@ -28,60 +32,109 @@ CONTEXT = "vlprune_context"
 class Prefill:
     """What the last forward with images was like; :mod:`vlprune.report` reads it.
 
-    Rows of a sequence, new ones and those that were in the cache before, counted logically and physically.
+    ``physical``: rows of a sequence at each layer, ``held``: entries of each layer's cache before, ``cached``: afterwards;
+    ``logical`` and ``past`` count every token.
     """
 
-    chosen: list[Chosen]
+    images: list[Image]
     batch: int
     logical: int
-    physical: int
-    past_logical: int
-    past_physical: int
+    past: int
+    physical: list[int] = field(default_factory=list)
+    held: list[int] = field(default_factory=list)
+    cached: list[int] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Passed:
+    """What happened before one layer: ``changes`` of the hidden states, in order, then ``rows (B, n)`` as they were in it.
+
+    Kept, since checkpointing runs the layers again during backward. ``alive``: each image's tokens.
+    """
+
+    changes: list[Callable[[Tensor], Tensor]]
+    rows: Tensor | None
+    version: int
+    filler: bool
+    alive: list[Tensor]
+    row_map: RowMap | None = None
 
 
 @dataclass(eq=False)
 class Forward:
-    """One pass through the text model. ``rows (B, n)``: logical rows kept of this pass, None for all of them."""
+    """One pass through the text model.
+
+    ``sequence``: the prompt under way, None where nothing can leave. ``old``: the row map of each layer's cache before the
+    pass, ``group``: a number for each of them. ``passed``: what was found at the layers so far.
+    """
 
     batch: int
     length: int
     past: int
-    row_map: RowMap
-    rows: Tensor | None
     cache: Any
     flash: bool
-    memo: dict[str, Any] = field(default_factory=dict)
+    sequence: Sequence | None
+    old: list[RowMap | None]
+    group: list[int]
+    types: Listing[str] | None
+    signals: TextSignals | None = None
+    passed: dict[int, Passed] = field(default_factory=dict)
+    memo: dict[Any, Any] = field(default_factory=dict)
 
-    @property
-    def slots(self) -> int | None:
-        """Size of a static cache, None for one that grows."""
-        return caches.slots(self.cache) if self.cache is not None and caches.is_static(self.cache) else None
-
-    def once(self, name: str, make: Any) -> Any:
-        """All layers share what the first one computed."""
+    def once(self, name: Any, make: Callable[[], Any]) -> Any:
+        """Layers that hold the same tokens share what the first one computed."""
         if name not in self.memo:
             self.memo[name] = make()
         return self.memo[name]
+
+    def kind(self, layer: int) -> tuple[int, int, str]:
+        """What layers have in common that share rows, columns and masks."""
+        return self.group[layer], self.passed[layer].version, self.types[layer] if self.types else ""
+
+    def held(self, layer: int) -> int:
+        """Physical entries of the layer's cache before the pass."""
+        if self.cache is not None and caches.is_sliding(self.cache, layer):
+            return caches.stored(self.cache, layer)
+        old = self.old[layer]
+        return self.past - (0 if old is None else old.dropped)
 
 
 class LayerHook:
     """Pre-hook of one decoder layer; an object, so that it can be copied and pickled with the model."""
 
-    def __init__(self, hooks: DecoderHooks, first: bool):
-        self.hooks, self.first = hooks, first
+    def __init__(self, hooks: DecoderHooks, layer: int):
+        self.hooks, self.layer = hooks, layer
 
-    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        return self.hooks.enter_layer(self.first, args, kwargs)
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        return self.hooks.enter_layer(self.layer, args, kwargs)
+
+
+class DeepStack:
+    """Stands in for the text model's way of adding features of earlier vision blocks: only rows that are alive get some."""
+
+    def __init__(self, hooks: DecoderHooks):
+        self.hooks = hooks
+
+    def __call__(self, hidden: Tensor, visual: Tensor, features: Tensor) -> Tensor:
+        forward, text = self.hooks.forward, self.hooks.parts.text
+        if forward is not None and forward.sequence is not None and forward.sequence.rows is not None:
+            rows = forward.sequence.rows
+            number = (visual.flatten().cumsum(0) - 1).view_as(visual)
+            full = take(features[number.clamp(min=0).flatten()].view(*visual.shape, -1), rows, 1)
+            alive = (visual.gather(1, rows.clamp(min=0)) & (rows >= 0))[..., None]
+            return hidden + (full * alive).to(hidden.device, hidden.dtype)
+        return type(text)._deepstack_process(text, hidden, visual, features)
 
 
 class DecoderHooks:
     """The language model's side of a patch. One forward at a time, like the model's own state."""
 
-    def __init__(self, model: nn.Module, parts: Parts, encoder: EncoderHooks):
-        self.model, self.parts, self.encoder = model, parts, encoder
+    def __init__(self, model: nn.Module, parts: Parts, method: Method, encoder: EncoderHooks):
+        self.model, self.parts, self.method, self.encoder = model, parts, method, encoder
         self.visual: Tensor | None = None
         self.forward: Forward | None = None
         self.prefill: Prefill | None = None
+        self.drafts = 0
 
     def install(self) -> list[Any]:
         base, text = self.parts.base, self.parts.text
@@ -91,27 +144,42 @@ class DecoderHooks:
             text.register_forward_pre_hook(self.enter_text, with_kwargs=True),
             text.register_forward_hook(self.leave_text, always_call=True),
         ]
+        if {"prefill", "evict"} & set(self.method.stages):
+            handles.append(self.model.register_forward_pre_hook(self.enter_model, with_kwargs=True))
         for index, layer in enumerate(self.parts.text_layers):
-            handles.append(layer.register_forward_pre_hook(LayerHook(self, index == 0), with_kwargs=True))
+            handles.append(layer.register_forward_pre_hook(LayerHook(self, index), with_kwargs=True))
+        if hasattr(text, "_deepstack_process"):
+            text.__dict__["_deepstack_process"] = DeepStack(self)
         return handles
 
-    # ------------------------------------------------------------------ base model
+    def uninstall(self) -> None:
+        self.parts.text.__dict__.pop("_deepstack_process", None)
+
+    # ------------------------------------------------------------------ model and base model
+
+    def enter_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Learns how many tokens at the end are no prompt: drafts of assisted decoding, answers that are being scored."""
+        wanted = kwargs.get("logits_to_keep")
+        self.drafts = max(wanted - 1, 0) if isinstance(wanted, int) else 0
 
     def enter_base(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         encoded = kwargs.get("mm_encoder_outputs")
         self.visual = None
+        caches.check(kwargs.get("past_key_values"))
         self.encoder.expect(encoded)
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         embeddings = kwargs.get("inputs_embeds")
         if input_ids is not None:
             prompt = input_ids.shape[1] > 1
         else:
-            prompt = embeddings is not None and bool(encoded or kwargs.get("pixel_values") is not None)
+            pixels = any(kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
+            prompt = embeddings is not None and bool(encoded or pixels)
         if prompt:
             self.visual = self.parts.family.placeholders(self.model, input_ids, embeddings)
 
     def leave_base(self, module: nn.Module, args: tuple, out: Any) -> None:
         self.visual = None
+        self.drafts = 0
 
     # ------------------------------------------------------------------ text model
 
@@ -120,47 +188,103 @@ class DecoderHooks:
         embeddings = kwargs.get("inputs_embeds")
         if embeddings is None:
             return None
-        visual = self.visual
-        chosen = self.encoder.chosen if visual is not None else None
-        pruning = chosen is not None and any(choice.keep is not None for choice in chosen)
+        chosen = self._chosen()
         cache = kwargs.get("past_key_values")
-        old = caches.row_map(cache)
-        if pruning:
-            caches.check(cache)
-        if chosen is None and old is None:
+        pruned = isinstance(cache, caches.PrunedCache)
+        if chosen is None and not pruned:
             return None
+        pruning = chosen is not None and not all(c.idle for listed in chosen.values() for c in listed)
         if pruning and cache is None and self._caches(text, kwargs):
             cache = kwargs["past_key_values"] = DynamicCache(config=text.config)
         batch, length = embeddings.shape[:2]
         past = self._past(cache, kwargs, chosen)
-        rows, row_map = None, old
-        if pruning:
-            assert chosen is not None
-            assert visual is not None
-            rows, filler = self._rows(chosen, visual, kwargs.get("attention_mask"), past)
-            head = old or RowMap.identity(batch, past, embeddings.device)
-            row_map = head.extended(rows, past, length, filler)
+        sequence = None
         if chosen is not None:
-            physical = length if rows is None else rows.shape[1]
-            held = past - (0 if old is None else old.dropped)
-            self.prefill = Prefill(chosen, batch, length, physical, past, held)
-        if row_map is None:
+            assert self.visual is not None
+            images = placed(chosen, self.visual)
+            self.prefill = Prefill(_distinct(images), batch, length, past)
+            if pruning:
+                sequence = Sequence(images, self.visual, masks.padding(kwargs.get("attention_mask"), past, length, batch))
+        forward = self._begin(text, cache, sequence, batch, length, past)
+        if sequence is None and not pruned:
             return None
-        flash = "flash" in (text.config._attn_implementation or "")
-        self.forward = Forward(batch, length, past, row_map, rows, cache, flash)
+        self.forward = forward
+        self._observe(forward)
         if text.training and torch.is_grad_enabled():
             # Checkpointing runs the layers again during backward, when no forward is under way (transformers < 5.23).
-            kwargs[CONTEXT] = self.forward
+            kwargs[CONTEXT] = forward
         return args, kwargs
 
     def leave_text(self, text: nn.Module, args: tuple, out: Any) -> Any:
         forward, self.forward = self.forward, None
-        if forward is None or forward.rows is None or out is None:
+        if forward is None:
             return None
-        if forward.cache is not None:
-            caches.adopt(forward.cache, forward.row_map)
-        out.last_hidden_state = put(out.last_hidden_state, forward.rows, forward.length)
-        return out
+        try:
+            if out is None:
+                return None
+            self._settle(forward)
+            sequence = forward.sequence
+            if sequence is not None and sequence.rows is not None:
+                out.last_hidden_state = put(out.last_hidden_state, sequence.rows, forward.length)
+            return out
+        finally:
+            if forward.signals is not None:
+                forward.signals.close()
+
+    def _chosen(self) -> dict[int, list[Chosen]] | None:
+        chosen: Any = self.encoder.chosen if self.visual is not None else None
+        return {1: chosen} if isinstance(chosen, list) else chosen
+
+    def _begin(self, text: Any, cache: Any, sequence: Sequence | None, batch: int, length: int, past: int) -> Forward:
+        layers = len(self.parts.text_layers)
+        flash = "flash" in (text.config._attn_implementation or "")
+        types = getattr(text.config, "layer_types", None)
+        if isinstance(cache, caches.PrunedCache):
+            return Forward(batch, length, past, cache, flash, sequence, list(cache.row_maps), cache.groups, types)
+        return Forward(batch, length, past, cache, flash, sequence, [None] * layers, [-1] * layers, types)
+
+    def _observe(self, forward: Forward) -> None:
+        """Opens the signals that the method will ask for during or after this pass."""
+        sequence, ledger = forward.sequence, getattr(forward.cache, "ledger", None)
+        if sequence is not None:
+            wanted = stages.wanted(self.method, self.parts, sequence.all_images())
+        elif ledger is not None and ledger.due(forward.past + forward.length, self.method.every):
+            wanted = stages.wanted(self.method, self.parts, ledger.images())
+        else:
+            return
+        if wanted:
+            held = {layer: forward.held(layer) for layer in wanted}
+            forward.signals = TextSignals(self.parts, sequence, wanted, held, self.drafts)
+            forward.signals.open()
+
+    def _settle(self, forward: Forward) -> None:
+        """After the last layer: the cache learns what its layers hold, the method may evict, the report what it was like."""
+        sequence, cache = forward.sequence, forward.cache
+        if sequence is not None and cache is not None and any(step.row_map is not None for step in forward.passed.values()):
+            caches.adopt(cache, [forward.passed[layer].row_map for layer in range(len(forward.old))])
+        if "evict" in self.method.stages and cache is not None:
+            self._evict(forward)
+        if sequence is not None:
+            self._note(forward, sequence)
+
+    def _evict(self, forward: Forward) -> None:
+        length = forward.past + forward.length
+        if forward.sequence is not None:
+            ledger = stages.Ledger.of(forward.sequence, forward.past, {i: p.alive for i, p in forward.passed.items()}, length)
+        else:
+            ledger = getattr(forward.cache, "ledger", None)
+            if ledger is None or not ledger.due(length, self.method.every):
+                return
+        ledger.evict(self.method, self.parts, forward.signals, forward.cache, length)
+
+    def _note(self, forward: Forward, sequence: Sequence) -> None:
+        assert self.prefill is not None
+        logical = forward.past + forward.length
+        for layer, passed in forward.passed.items():
+            now = caches.row_map(forward.cache, layer)
+            self.prefill.physical.append(forward.length if passed.rows is None else passed.rows.shape[1])
+            self.prefill.held.append(forward.past - (0 if forward.old[layer] is None else forward.old[layer].dropped))
+            self.prefill.cached.append(logical - (0 if now is None else now.dropped))
 
     @staticmethod
     def _caches(text: Any, kwargs: dict[str, Any]) -> bool:
@@ -170,7 +294,7 @@ class DecoderHooks:
         return bool(use) and not (text.training and text.gradient_checkpointing)
 
     @staticmethod
-    def _past(cache: Any, kwargs: dict[str, Any], chosen: list[Chosen] | None) -> int:
+    def _past(cache: Any, kwargs: dict[str, Any], chosen: Any) -> int:
         """Logical tokens in the cache. A decode step with a ready-made mask does not need them, so nothing is read back."""
         if cache is None:
             return 0
@@ -178,30 +302,9 @@ class DecoderHooks:
             return 0
         return int(cache.get_seq_length())
 
-    def _rows(self, chosen: list[Chosen], visual: Tensor, mask: Any, past: int) -> tuple[Tensor, bool]:
-        """Kept rows ``(B, n)`` of this pass, and whether some of them are filler."""
-        batch, length = visual.shape
-        order = assign(chosen, visual)
-        flat = [self._mask_of(choice, visual.device) for sample in order for choice in sample]
-        alive = (~visual).masked_scatter(visual, torch.cat(flat)) if flat else ~visual
-        padding = masks.padding(mask, past, length, batch)
-        if padding is None:
-            lengths = [length - sum(c.layout.total - c.kept for c in sample) for sample in order]
-        else:
-            alive = alive & ~padding.to(alive.device)
-            lengths = alive.sum(1).tolist()
-        return right_align(alive, max(lengths)), min(lengths) < max(lengths)
-
-    @staticmethod
-    def _mask_of(choice: Chosen, device: torch.device) -> Tensor:
-        if choice.keep is None:
-            return torch.ones(choice.layout.total, dtype=torch.bool, device=device)
-        mask = torch.zeros(choice.layout.total, dtype=torch.bool, device=device)
-        return mask.index_fill_(0, choice.keep.to(device), True)
-
     # ------------------------------------------------------------------ decoder layers
 
-    def enter_layer(self, first: bool, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def enter_layer(self, layer: int, args: tuple, kwargs: dict[str, Any]) -> Any:
         forward = self.forward
         if CONTEXT in kwargs:
             kwargs = dict(kwargs)
@@ -209,44 +312,115 @@ class DecoderHooks:
         if forward is None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
-        if first and forward.rows is not None:
-            hidden = take(hidden, forward.rows, 1)
-        changed = self._translate(forward, kwargs)
+        if layer not in forward.passed:
+            forward.passed[layer] = self._pass(forward, layer, hidden)
+        for change in forward.passed[layer].changes:
+            hidden = change(hidden)
+        changed = self._translate(forward, layer, kwargs)
         if args:
             return (hidden, *args[1:]), changed
         return args, {**changed, "hidden_states": hidden}
 
-    def _translate(self, forward: Forward, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _pass(self, forward: Forward, layer: int, hidden: Tensor) -> Passed:
+        """Lets tokens leave before ``layer``."""
+        sequence = forward.sequence
+        if sequence is None:
+            passed = Passed([], None, 0, False, [])
+        else:
+            changes: list[Callable[[Tensor], Tensor]] = []
+            if layer == 0 and sequence.rows is not None:
+                changes.append(Take(sequence.rows))
+                hidden = changes[0](hidden)
+            changes += stages.prefill(self.method, self.parts, sequence, forward.signals, layer, hidden, self.drafts)
+            alive = [image.alive for image in sequence.all_images()]
+            passed = Passed(changes, sequence.rows, sequence.version, sequence.filler, alive)
+        forward.passed[layer] = passed
+        passed.row_map = self._row_map(forward, layer, hidden.device)
+        return passed
+
+    def _translate(self, forward: Forward, layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Keyword arguments of a decoder layer, in physical rows and columns."""
-        rows = forward.rows
-        changed = dict(kwargs)
+        passed = forward.passed[layer]
+        rows = passed.rows
+        if passed.row_map is None:
+            return kwargs
+        kind, changed = forward.kind(layer), dict(kwargs)
         if rows is not None:
-            tables = kwargs["position_embeddings"]
-            changed["position_embeddings"] = forward.once("rotary", lambda: tuple(take(t, rows, 1) for t in tables))
+            for name in [n for n in kwargs if n.startswith("position_embeddings") and kwargs[n] is not None]:
+                tables = kwargs[name]
+                changed[name] = forward.once((name, kind), lambda tables=tables: tuple(take_tables(t, rows) for t in tables))
             if kwargs.get("position_ids") is not None:
                 # Gaps in position ids look like packed sequences to flash attention.
-                position_ids = kwargs["position_ids"]
-                changed["position_ids"] = None if forward.flash else forward.once("ids", lambda: take(position_ids, rows, 1))
+                ids = kwargs["position_ids"]
+                changed["position_ids"] = None if forward.flash else forward.once(("ids", kind), lambda: take(ids, rows, 1))
         if kwargs.get("cache_position") is not None:
-            changed["cache_position"] = self._cache_position(forward, kwargs["cache_position"])
-        mask = kwargs.get("attention_mask")
-        changed["attention_mask"] = forward.once(
-            "mask",
-            lambda: masks.physical(mask, forward.row_map, rows, forward.past, forward.length, forward.slots, forward.flash),
-        )
+            changed["cache_position"] = self._cache_position(forward, layer, rows, kwargs["cache_position"])
+        changed["attention_mask"] = forward.once(("mask", kind), lambda: self._mask(forward, layer, kwargs.get("attention_mask")))
         return changed
 
     @staticmethod
-    def _cache_position(forward: Forward, logical: Tensor) -> Tensor:
+    def _row_map(forward: Forward, layer: int, device: torch.device) -> RowMap | None:
+        old, passed = forward.old[layer], forward.passed[layer]
+        if passed.rows is None:
+            return old
+
+        def extended() -> RowMap:
+            head = old or RowMap.identity(forward.batch, forward.past, device)
+            return head.extended(passed.rows, forward.past, forward.length, passed.filler)
+
+        return forward.once(("map", *forward.kind(layer)[:2]), extended)
+
+    @staticmethod
+    def _mask(forward: Forward, layer: int, mask: Any) -> Any:
+        cache, passed = forward.cache, forward.passed[layer]
+        assert passed.row_map is not None
+        slots = caches.slots(cache) if cache is not None and caches.is_static(cache) else None
+        stored = caches.stored(cache, layer) if cache is not None and caches.is_sliding(cache, layer) else None
+        return masks.physical(
+            mask, masks.Layer(passed.row_map, passed.rows, forward.past, forward.length, slots, stored, forward.flash)
+        )
+
+    @staticmethod
+    def _cache_position(forward: Forward, layer: int, rows: Tensor | None, logical: Tensor) -> Tensor:
         """Slots that this pass writes to (transformers before 5.4 tells the layers)."""
-        if forward.rows is None:
-            return logical - forward.row_map.shift
-        count = forward.rows.shape[1]
-        return torch.arange(count, device=logical.device) + (forward.row_map.prefix.shape[1] - count)
+        old = forward.old[layer]
+        if rows is None:
+            return logical if old is None else logical - old.shift
+        return torch.arange(rows.shape[1], device=logical.device) + forward.held(layer)
+
+
+def placed(chosen: dict[int, list[Chosen]], visual: Tensor) -> list[list[Image]]:
+    """The images of each sequence, with the places of their placeholders. Beams of a prompt share its images.
+
+    ``visual (B, L)``: 0 for text, else the kind of placeholder that ``chosen`` is ordered by.
+    """
+    batch = visual.shape[0]
+    images: list[list[Image]] = [[] for _ in range(batch)]
+    for kind, listed in chosen.items():
+        mine = visual == kind
+        places = mine.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        for sample, own in enumerate(assign(listed, mine)):
+            start = 0
+            for choice in own:
+                total = choice.layout.total
+                run = places[sample, start : start + total]
+                alive = torch.arange(total, device=visual.device) if choice.keep is None else choice.keep.to(visual.device)
+                images[sample].append(Image(choice, sample, run, alive))
+                start += total
+    return images
+
+
+def _distinct(images: list[list[Image]]) -> list[Image]:
+    """Each image once, in the order of the prompts, also where beams share it."""
+    seen: dict[int, Image] = {}
+    for sample in images:
+        for image in sample:
+            seen.setdefault(id(image.chosen), image)
+    return list(seen.values())
 
 
 def assign(chosen: list[Chosen], visual: Tensor) -> list[list[Chosen]]:
-    """The images of each sequence of the batch, in order; beams of a prompt share its images.
+    """The images of each sequence: as many as fill its placeholders. Beams of a prompt share its images.
 
     ``visual (B, L)`` bool. Raises :class:`VLPruneError` where images and placeholders disagree.
     """

@@ -1,14 +1,14 @@
 """Around the vision encoder: measures what a method needs, lets it choose, hands its choice to the decoder's side.
 
-``get_image_features`` is the one seam that every family has between encoder and LLM, and generate() calls it on its own
-before the prefill. Its output keeps its length, so placeholder checks and beam expansion upstream go on working.
+``get_image_features``, and ``get_video_features`` where a family has it, are the seams between encoder and LLM, and
+generate() calls them on its own before the prefill. Their output keeps its length, so placeholder checks and beam expansion
+upstream go on working.
 """
 
 from __future__ import annotations
 
 import inspect
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,11 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from vlprune.engine.family import Parts
-from vlprune.engine.probes import Probe
-from vlprune.errors import BudgetError, VLPruneError
+from vlprune.engine.family import IMAGE, MODALITIES, SEAMS, Parts
+from vlprune.engine.features import features_of, put_together, restored, taken_apart, with_features
+from vlprune.engine.merging import merged
+from vlprune.engine.steps import Clock, Step
+from vlprune.engine.vision import Track, VisionHooks
+from vlprune.errors import BudgetError, UnsupportedMethodError, VLPruneError
 from vlprune.image import ImageLayout, ImageTokens, centres
-from vlprune.method import Merge, Method, Selection
+from vlprune.method import Method, Plan
 
 CHOICE = "_vlprune_choice"
 """Attribute of an encoder's output: what was chosen for its images."""
@@ -28,62 +31,44 @@ CHOICE = "_vlprune_choice"
 
 @dataclass(eq=False)
 class Chosen:
-    """What was chosen for one image: ``keep (T,)`` on the device, None for all; ``grid`` the encoder saw a tile at."""
+    """What was chosen for one image before the LLM.
+
+    ``keep (T,)`` on the device, None for all; ``grid`` the encoder saw a tile at; ``plan`` the counts of the stages to come;
+    ``steps`` what was done; ``notes`` what the method wants to see again in later stages.
+    """
 
     layout: ImageLayout
     keep: Tensor | None
     grid: tuple[int, int]
-    clock: Clock
+    plan: Plan
+    steps: list[Step] = field(default_factory=list)
+    notes: dict[str, Tensor] = field(default_factory=dict)
+    kind: int = IMAGE
 
     @property
     def kept(self) -> int:
         return self.layout.total if self.keep is None else self.keep.shape[0]
 
-
-class Clock:
-    """Time on the device between ``start`` and ``stop``, read when somebody asks, so that nothing waits for it."""
-
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
-        self.marks: list[Any] = [self._mark()]
-
-    def stop(self) -> None:
-        self.marks.append(self._mark())
-
-    def _mark(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Events of a device can neither be copied nor pickled.
-        return {"cuda": False, "marks": [0.0, self.seconds]}
-
     @property
-    def seconds(self) -> float:
-        start, end = self.marks
-        if not self.cuda:
-            return end - start
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
+    def idle(self) -> bool:
+        """Whether nothing happens to the image at any stage."""
+        return self.keep is None and not self.plan.prefill and not self.plan.cached
 
 
 class ImageFeatures:
-    """Stands in for the base model's ``get_image_features`` while a method is applied.
+    """Stands in for the base model's ``get_image_features`` or ``get_video_features`` while a method is applied.
 
     An object and no closure, so that deepcopy and pickle keep it together with the model it belongs to.
     """
 
-    def __init__(self, hooks: EncoderHooks):
-        self.hooks = hooks
+    def __init__(self, hooks: EncoderHooks, kind: int):
+        self.hooks, self.kind = hooks, kind
 
     @property
     def __signature__(self) -> inspect.Signature:
         # generate() reads which arguments the method takes.
         base = self.hooks.parts.base
-        return inspect.signature(type(base).get_image_features.__get__(base))
+        return inspect.signature(getattr(type(base), SEAMS[self.kind]).__get__(base))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         bound = self.__signature__.bind(*args, **kwargs)
@@ -91,46 +76,69 @@ class ImageFeatures:
         as_tuple = named.get("return_dict") is False
         if as_tuple:
             named["return_dict"] = True
-        out = self.hooks.run(named)
+        out = self.hooks.run(self.kind, named)
         return out.to_tuple() if as_tuple else out
 
 
 class EncoderHooks:
     """The encoder's side of a patch.
 
-    ``chosen``: what was chosen for the images of the forward under way, None where it has none. ``latest``: what the last
-    run of the encoder chose, inside of a forward or before it.
+    ``chosen``: what was chosen for the images and videos of the forward under way, by kind, None where it has none.
+    ``latest``: what the last run of the encoder for each kind chose, inside of a forward or before it.
     """
 
     def __init__(self, model: nn.Module, parts: Parts, method: Method):
         self.model, self.parts, self.method = model, parts, method
-        self.probe = Probe(parts, method.needs)
-        self.chosen: list[Chosen] | None = None
-        self.latest: list[Chosen] | None = None
+        if self.resizes and not parts.family.resizable:
+            raise UnsupportedMethodError(
+                f"{method.name} shows the vision encoder a smaller image, which {parts.family.name} cannot be shown; "
+                "the methods random, uniform and pool can do without"
+            )
+        self.vision = VisionHooks(parts, method)
+        self.chosen: dict[int, list[Chosen]] | None = None
+        self.latest: dict[int, list[Chosen]] = {}
+        self.running = False
         self.shrunk: tuple[tuple[int, int], tuple[int, int]] | None = None
 
     def install(self) -> list[Any]:
-        self.parts.base.__dict__["get_image_features"] = ImageFeatures(self)
-        handles = self.probe.install()
-        if type(self.method).encoder_grid is not Method.encoder_grid:
+        for kind in self.parts.family.seams:
+            self.parts.base.__dict__[SEAMS[kind]] = ImageFeatures(self, kind)
+        handles = self.vision.install()
+        if self.resizes and self.parts.family.smaller is None:
             handles.append(self.parts.vision.register_forward_pre_hook(self._shrink, with_kwargs=True))
             handles.append(self.parts.projector.register_forward_hook(self._restore_grid))
         return handles
 
+    @property
+    def resizes(self) -> bool:
+        """Whether the method shows the encoder a smaller image."""
+        return self.method.resizes
+
     def uninstall(self) -> None:
-        self.parts.base.__dict__.pop("get_image_features", None)
+        for kind in self.parts.family.seams:
+            self.parts.base.__dict__.pop(SEAMS[kind], None)
 
     @_disable_dynamo  # torch.compiler.disable, without importing the compiler for those who do not compile
-    def run(self, arguments: dict[str, Any]) -> Any:
+    def run(self, kind: int, arguments: dict[str, Any]) -> Any:
         """Runs the encoder and lets the method choose; returns what the model itself does, of unchanged length.
 
         Methods are host code that asks for lengths, so torch.compile leaves it out; encoders may be compiled on their own.
         """
-        self.chosen = self.latest = None
-        out = self._run(arguments)
-        self.latest = self.chosen
+        if self.running:
+            # Qwen3-VL's video seam calls its image seam.
+            return self._original(kind, arguments)
+        self.latest.pop(kind, None)
+        self.running = True
+        try:
+            out, chosen = self._run(kind, arguments)
+        finally:
+            self.running = False
+        for choice in chosen:
+            choice.kind = kind
+        self.latest[kind] = chosen
+        self.chosen = {**(self.chosen or {}), kind: chosen}
         if hasattr(out, "pooler_output"):
-            setattr(out, CHOICE, self.chosen)
+            setattr(out, CHOICE, chosen)
         return out
 
     def expect(self, encoded: dict[str, Any] | None) -> None:
@@ -139,84 +147,128 @@ class EncoderHooks:
         A choice travels with the output it was made for; outputs that somebody has copied belong to the latest one.
         """
         self.chosen = None
-        if encoded:
-            self.chosen = next((c for out in encoded.values() if (c := getattr(out, CHOICE, None))), self.latest)
-            if self.chosen is None:
+        if not isinstance(encoded, dict):
+            return
+        found: dict[int, list[Chosen]] = {}
+        for modality, kind in MODALITIES.items():
+            out = encoded.get(modality)
+            if out is None or kind not in self.parts.family.seams:
+                continue
+            choice = getattr(out, CHOICE, None) or self.latest.get(kind)
+            if choice is None:
                 raise VLPruneError(
-                    f"{type(self.model).__name__} was given image features that were encoded before the method was applied; "
-                    "encode them again, or pass the pixels"
+                    f"{type(self.model).__name__} was given {modality} features that were encoded before the method was "
+                    "applied; encode them again, or pass the pixels"
                 )
+            found[kind] = choice
+        self.chosen = found or None
 
-    def _original(self, arguments: dict[str, Any]) -> Any:
+    def _original(self, kind: int, arguments: dict[str, Any]) -> Any:
         """What :class:`ImageFeatures` stands in for. No bound method of it: torch.compile would take one for the stand-in."""
-        return type(self.parts.base).get_image_features(self.parts.base, **arguments)
+        return getattr(type(self.parts.base), SEAMS[kind])(self.parts.base, **arguments)
 
-    def _run(self, arguments: dict[str, Any]) -> Any:
-        layouts = self.parts.family.layouts(self.model, arguments)
-        if all(self.method.count(layout.total) >= layout.total for layout in layouts) and not self.method.adaptive:
-            out = self._original(arguments)
-            clock = Clock(torch.device("cpu"))
-            clock.stop()
-            self.chosen = [Chosen(layout, None, layout.grid, clock) for layout in layouts]
-            return out
-        groups: dict[tuple[int, int], list[int]] = {}
-        for index, layout in enumerate(layouts):
-            groups.setdefault(self.method.encoder_grid(layout), []).append(index)
-        if len(groups) == 1:
-            return self._run_group(arguments, layouts, next(iter(groups)))
-        return self._run_groups(arguments, layouts, groups)
+    def _run(self, kind: int, arguments: dict[str, Any]) -> tuple[Any, list[Chosen]]:
+        layouts = self.parts.family.seams[kind](self.model, arguments)
+        plans = [self.method.plan(layout, self.parts.shape) for layout in layouts]
+        early = {"encode", "select"} & set(self.method.stages)
+        if not early or not any(map(self._asks, layouts, plans)):
+            out = self._original(kind, arguments)
+            return out, [Chosen(layout, None, layout.grid, plan) for plan, layout in zip(plans, layouts, strict=True)]
+        grids = [self.method.encoder_grid(layout) for layout in layouts]
+        groups: dict[Any, list[int]] = {}
+        for index, (layout, grid) in enumerate(zip(layouts, grids, strict=True)):
+            groups.setdefault(None if grid == layout.grid else (layout.grid, grid), []).append(index)
+        if len(groups) == 1 or self.parts.family.smaller is not None:
+            return self._run_group(kind, arguments, layouts, grids)
+        return self._run_groups(kind, arguments, layouts, grids, list(groups.values()))
 
-    def _run_group(self, arguments: dict[str, Any], layouts: list[ImageLayout], grid: tuple[int, int]) -> Any:
-        """Images whose tiles the encoder sees at the same ``grid``."""
-        self.shrunk = (layouts[0].grid, grid) if grid != layouts[0].grid else None
-        try:
-            with self.probe:
-                out = self._original(arguments)
-        finally:
-            self.shrunk = None
-        features = out.pooler_output if hasattr(out, "pooler_output") else out
-        signals = self.probe.take()
-        chosen, rows, first = [], [], 0
-        for layout, image in zip(layouts, features, strict=True):
-            tiles = {signal: values[first : first + layout.tiles] for signal, values in signals.items()}
-            first += layout.tiles
-            choice, image = self._choose(ImageTokens(image, layout, self.method.count(layout.total), tiles), grid)
+    def _run_group(
+        self, kind: int, arguments: dict[str, Any], layouts: list[ImageLayout], grids: list[tuple[int, int]]
+    ) -> tuple[Any, list[Chosen]]:
+        """Images that go through the encoder together, their tiles at ``grids``."""
+        plans = [self.method.plan(layout, self.parts.shape) for layout in layouts]
+        out, tracks = self._encode(kind, arguments, layouts, grids, [*map(self._asks, layouts, plans)])
+        tail = self.parts.family.tail
+        features = features_of(out)
+        images = taken_apart(features, layouts, None if tail is None else tail(self.model))
+        chosen, rows = [], []
+        for track, plan, grid, image in zip(tracks, plans, grids, images, strict=True):
+            tokens = ImageTokens(image, track.layout, plan.entering, track.signals, track.alive, track.notes)
+            choice, image = self._choose(tokens, plan, grid)
+            choice.steps[:0] = track.steps
             chosen.append(choice)
             rows.append(image)
-        self.chosen = chosen
-        return _with_features(out, rows, features)
+        if any(new is not old for new, old in zip(rows, images, strict=True)):
+            out = with_features(out, put_together(features, rows))
+        return out, chosen
 
-    def _run_groups(self, arguments: dict[str, Any], layouts: list[ImageLayout], groups: dict) -> Any:
-        """Images whose tiles differ in ``grid``: one run of the encoder a grid, so that a batch equals single images."""
+    def _asks(self, layout: ImageLayout, plan: Plan) -> bool:
+        """Whether the method is asked about an image; where all its tokens are to stay, it is not."""
+        counts = (plan.entering, *plan.prefill.values(), *plan.cached.values())
+        return self.method.adaptive or min(counts) < layout.total
+
+    def _encode(
+        self,
+        kind: int,
+        arguments: dict[str, Any],
+        layouts: list[ImageLayout],
+        grids: list[tuple[int, int]],
+        asked: list[bool],
+    ) -> tuple[Any, list[Track]]:
+        """What the encoder gives for tiles at ``grids``, on the full grids, and what happened to the images in it."""
+        smaller = self.parts.family.smaller
+        shrunk = any(grid != layout.grid for layout, grid in zip(layouts, grids, strict=True))
+        if shrunk and smaller is not None:
+            arguments = smaller(self.model, arguments, grids)
+        elif shrunk:
+            self.shrunk = (layouts[0].grid, grids[0])
+        try:
+            with self.vision.watch(layouts, grids, asked, arguments) as tracks:
+                out = self._original(kind, arguments)
+        finally:
+            self.shrunk = None
+        return restored(out, layouts, grids) if shrunk and smaller is not None else out, tracks
+
+    def _run_groups(
+        self,
+        kind: int,
+        arguments: dict[str, Any],
+        layouts: list[ImageLayout],
+        grids: list[tuple[int, int]],
+        groups: list[list[int]],
+    ) -> tuple[Any, list[Chosen]]:
+        """Images whose tiles differ in grid: one run of the encoder a grid, so that a batch equals single images."""
         out: Any = None
         rows: list[Any] = [None] * len(layouts)
         chosen: list[Any] = [None] * len(layouts)
-        for grid, members in groups.items():
+        for members in groups:
             part = {k: v[members] if k in self.parts.family.pixels and torch.is_tensor(v) else v for k, v in arguments.items()}
-            out = self._run_group(part, [layouts[i] for i in members], grid)
-            features = out.pooler_output if hasattr(out, "pooler_output") else out
+            out, choices = self._run_group(kind, part, [layouts[i] for i in members], [grids[i] for i in members])
+            features = features_of(out)
             for place, index in enumerate(members):
-                rows[index], chosen[index] = features[place], (self.chosen or [])[place]
-        self.chosen = chosen
-        return _with_features(out, rows, rows)
+                rows[index], chosen[index] = features[place], choices[place]
+        return with_features(out, rows), chosen
 
-    def _choose(self, image: ImageTokens, grid: tuple[int, int]) -> tuple[Chosen, Tensor]:
+    def _choose(self, image: ImageTokens, plan: Plan, grid: tuple[int, int]) -> tuple[Chosen, Tensor]:
         """The choice for one image, and its features with merged rows in place."""
-        clock = Clock(image.device)
-        if image.count >= image.layout.total and not self.method.adaptive:
-            clock.stop()
-            return Chosen(image.layout, None, grid, clock), image.features
-        with torch.no_grad():
-            selection = self.method.select(image)
-        features = _merged(image.features, selection)
-        clock.stop()
-        if not self.method.adaptive and selection.keep.shape[0] != image.count:
+        if not self._asks(image.layout, plan):
+            return Chosen(image.layout, None, grid, plan, notes=image.notes), image.features
+        keep, features, steps = image.alive, image.features, []
+        if "select" in self.method.stages:
+            clock = Clock(image.device)
+            with torch.no_grad():
+                selection = self.method.select(image)
+            keep, features = selection.keep, merged(image.features, selection)
+            before = image.layout.total if image.alive is None else image.alive.shape[0]
+            steps = [Step("select", None, before, keep, clock.stop())]
+        kept = image.layout.total if keep is None else keep.shape[0]
+        if not self.method.adaptive and kept != image.count:
             raise BudgetError(
-                f"{type(self.method).__name__} kept {selection.keep.shape[0]} visual tokens where its budget "
+                f"{type(self.method).__name__} kept {kept} visual tokens where its budget "
                 f"{self.method.budget!r} allows exactly {image.count} of {image.layout.total}; "
                 "a method whose count depends on the image's content says so: adaptive = True"
             )
-        return Chosen(image.layout, selection.keep, grid, clock), features
+        return Chosen(image.layout, keep, grid, plan, steps, image.notes), features
 
     # ------------------------------------------------------------------ a smaller image for the encoder
 
@@ -240,32 +292,3 @@ class EncoderHooks:
         (rows, columns), _ = self.shrunk
         full = out.new_zeros(out.shape[0], rows * columns, out.shape[2])
         return full.index_copy(1, centres(*self.shrunk).to(out.device), out)
-
-
-def _merged(features: Tensor, selection: Selection) -> Tensor:
-    """``features (N, D)`` with every kept row replaced by the weighted mean of the rows merged into it."""
-    if selection.merge is None:
-        return features
-    merge: Merge = selection.merge
-    count = selection.keep.shape[0]
-    slot = torch.where(merge.target < 0, count, merge.target)
-    weight = torch.ones_like(slot, dtype=torch.float32) if merge.weight is None else merge.weight.float()
-    sums = features.new_zeros(count + 1, features.shape[1], dtype=torch.float32)
-    sums = sums.index_add(0, slot, features.float() * weight[:, None])
-    mass = weight.new_zeros(count + 1).index_add(0, slot, weight)
-    means = (sums / mass.clamp(min=1e-12)[:, None])[:count].to(features.dtype)
-    kept = features[selection.keep]
-    means = torch.where((mass[:count] > 0)[:, None], means, kept)
-    return features.index_copy(0, selection.keep, means)
-
-
-def _with_features(out: Any, rows: list[Tensor], like: Any) -> Any:
-    """``out`` with other features of the same lengths, in the container that the model had."""
-    if torch.is_tensor(like):
-        features: Any = torch.stack(rows)
-    else:
-        features = type(like)(rows)
-    if hasattr(out, "pooler_output"):
-        out.pooler_output = features
-        return out
-    return features

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vlprune.errors import UnsupportedModelError, VLPruneError
 from vlprune.image import ImageLayout, ModelShape
+from vlprune.method import STAGES
 
 IMAGE, VIDEO = 1, 2
 """Kinds of placeholders in a prompt; 0 is text."""
@@ -58,7 +59,8 @@ class Family:
     add behind ``get_video_features``. ``pixels`` names the arguments whose dimension 0 counts images. ``resizable``: the
     encoder can be shown smaller tiles; ``smaller(model, arguments, grids)`` gives the seam's arguments with the tiles of each
     image at such a grid of tokens, None where the engine is to resize what enters the encoder and to have it interpolate its
-    position embeddings. ``sliding``: layers of the LLM may have a sliding window.
+    position embeddings. ``sliding``: layers of the LLM may have a sliding window. ``pointwise``: the projector takes each
+    visual token by itself, so that it can run on those that the encoder has left; otherwise it gets the full grid.
     """
 
     name: str
@@ -70,7 +72,7 @@ class Family:
     order: Callable[[Any, dict[str, Any]], Tensor] | None = None
     tail: Callable[[Any], Tensor] | None = None
     smaller: Callable[[Any, dict[str, Any], list[tuple[int, int]]], dict[str, Any]] | None = None
-    stages: tuple[str, ...] = ("select",)
+    stages: tuple[str, ...] = STAGES
     base: str = "model"
     text: str = "model.language_model"
     text_layers: str = "model.language_model.layers"
@@ -86,6 +88,7 @@ class Family:
     pixels: tuple[str, ...] = ("pixel_values", "image_sizes")
     resizable: bool = True
     sliding: bool = False
+    pointwise: bool = True
 
     @property
     def seams(self) -> dict[int, Layouts]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlprune.engine.rows import RowMap, take
-from vlprune.errors import VLPruneError
 
 
 def padding(mask: Any, past: int, length: int, batch: int) -> Tensor | None:
@@ -23,15 +23,22 @@ def padding(mask: Any, past: int, length: int, batch: int) -> Tensor | None:
     if mask is None:
         return None
     if not torch.is_tensor(mask):
-        raise VLPruneError(
-            f"attention masks of type {type(mask).__name__} are not supported; allowed implementations are sdpa, eager and "
-            "flash attention. Load the model with attn_implementation='sdpa'."
-        )
+        return _block_padding(mask, past, length, batch)
     if mask.ndim == 2:
         real = mask[:, past : past + length] if mask.shape[1] >= past + length else mask[:, -length:]
         return ~real.bool()
     row = mask[:, 0, -1, past : past + length]
     return ~(row if row.dtype == torch.bool else row == 0).expand(batch, -1)
+
+
+def _block_padding(mask: Any, past: int, length: int, batch: int) -> Tensor:
+    """What the last query of a block mask of flex attention does not see is padding."""
+    device = mask.kv_num_blocks.device
+    samples = torch.arange(batch, device=device)[:, None]
+    columns = torch.arange(past, past + length, device=device)
+    # A mask without padding is shared by all samples.
+    last = torch.full((), length - 1, device=device)
+    return ~mask.mask_mod(samples, torch.zeros_like(samples), last, columns).expand(batch, length)
 
 
 def build(rows: Tensor | None, columns: Tensor, past: int, length: int) -> Tensor:
@@ -57,24 +64,68 @@ def translate(mask: Tensor, rows: Tensor | None, columns: Tensor, valid: Tensor)
     return mask & valid if mask.dtype == torch.bool else mask.masked_fill(~valid, torch.finfo(mask.dtype).min)
 
 
-def physical(mask: Any, row_map: RowMap, rows: Tensor | None, past: int, length: int, slots: int | None, flash: bool) -> Any:
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """What a mask of one decoder layer depends on.
+
+    ``slots``: size of a static cache, None for one that grows. ``stored``: entries that a sliding-window layer held before
+    this pass, None for layers without a window.
+    """
+
+    row_map: RowMap
+    rows: Tensor | None
+    past: int
+    length: int
+    slots: int | None
+    stored: int | None
+    flash: bool
+
+
+def physical(mask: Any, layer: Layer) -> Any:
     """The mask that a decoder layer needs instead of the logical ``mask``.
 
-    ``slots``: size of a static cache, None for one that grows. None stays None where nothing has to be hidden, so a
-    causal kernel stays a causal kernel.
+    None stays None where nothing has to be hidden, so a causal kernel stays a causal kernel.
     """
+    row_map, rows = layer.row_map, layer.rows
     if mask is None:
         if not row_map.filler:
             return None
-        columns = row_map.columns(past + length - row_map.dropped)
-        if flash:
+        columns = row_map.columns(layer.past + layer.length - row_map.dropped)
+        if layer.flash:
             return columns >= 0
-        built = build(rows, columns, past, length)
-        return built if slots is None else F.pad(built, (0, slots - built.shape[-1]))
-    if slots is not None and row_map.fixed is not None:
+        built = build(rows, columns, layer.past, layer.length)
+        return built if layer.slots is None else F.pad(built, (0, layer.slots - built.shape[-1]))
+    if not torch.is_tensor(mask):
+        return block_mask(mask, layer)
+    if layer.slots is not None and row_map.fixed is not None:
         columns, valid = row_map.fixed
+        return translate(mask, rows, columns, valid)
+    logical = mask.shape[-1]
+    if layer.slots is not None:
+        columns = row_map.columns(logical)
     else:
-        logical = mask.shape[-1]
-        columns = row_map.columns(logical if slots is not None else logical - row_map.dropped)
-        valid, columns = (columns >= 0) & (columns < logical), columns.clamp(0, logical - 1)
-    return translate(mask, rows, columns, valid)
+        # A window that was full before anything left hands over a mask of its own columns only.
+        cut = max(layer.past + layer.length - logical, 0) if layer.stored is not None else 0
+        columns = row_map.columns(logical + cut - row_map.dropped)
+        if layer.stored is not None:
+            columns = columns[:, -(layer.stored + (layer.length if rows is None else rows.shape[1])) :]
+        columns = torch.where(columns < 0, columns, columns - cut)
+    valid = (columns >= 0) & (columns < logical)
+    return translate(mask, rows, columns.clamp(0, logical - 1), valid)
+
+
+def block_mask(mask: Any, layer: Layer) -> Any:
+    """Like :func:`translate` for a block mask of flex attention: the same pairs, looked up at their logical places."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    logical, queries = mask.seq_lengths[1], layer.length if layer.rows is None else layer.rows.shape[1]
+    columns = layer.row_map.columns(layer.past + layer.length - layer.row_map.dropped)
+    valid, columns = columns >= 0, columns.clamp(0, logical - 1)
+    batch, device = columns.shape[0], columns.device
+    rows = torch.arange(queries, device=device).expand(batch, -1) if layer.rows is None else layer.rows.clamp(min=0)
+    pair = mask.mask_mod
+
+    def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return pair(b, h, rows[b, q], columns[b, k]) & valid[b, k]
+
+    return create_block_mask(seen, batch, None, queries, columns.shape[1], device=device)

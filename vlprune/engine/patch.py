@@ -26,7 +26,7 @@ class Patch:
         self.parts: Parts = family.parts(model)
         check(method, self.parts)
         self.encoder = EncoderHooks(model, self.parts, method)
-        self.decoder = DecoderHooks(model, self.parts, self.encoder)
+        self.decoder = DecoderHooks(model, self.parts, method, self.encoder)
         self.handles: list[Any] = []
 
     @property
@@ -44,6 +44,7 @@ class Patch:
         for handle in self.handles:
             handle.remove()
         self.encoder.uninstall()
+        self.decoder.uninstall()
         self.model.__dict__.pop(ATTRIBUTE, None)
         forget_compiled(self.model)
 

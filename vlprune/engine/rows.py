@@ -40,6 +40,21 @@ def take(tensor: Tensor, rows: Tensor, dim: int) -> Tensor:
     return tensor.gather(dim, index.view(shape).expand(sizes))
 
 
+class Take:
+    """``take`` along dimension 1, with the rows known."""
+
+    def __init__(self, rows: Tensor):
+        self.rows = rows
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return take(tensor, self.rows, 1)
+
+
+def take_tables(tables: Tensor, rows: Tensor) -> Tensor:
+    """Gathers rows of a rotary table ``(..., B, L, head_dim)``; M-RoPE may have a dimension in front of the batch."""
+    return take(tables.movedim(-3, 0), rows, tables.ndim - 2).movedim(0, -3)
+
+
 def put(tensor: Tensor, rows: Tensor, length: int) -> Tensor:
     """The inverse of :func:`take` along dimension 1: ``(B, n, D)`` back to ``(B, length, D)``.
 
@@ -56,8 +71,9 @@ def put(tensor: Tensor, rows: Tensor, length: int) -> Tensor:
 class RowMap:
     """Logical position of every physical slot of a layer's cache.
 
-    Slot ``s`` below ``prefix.shape[1]`` holds logical position ``prefix[b, s]``; behind the prefix nothing was dropped, so
-    slots and positions go on together from ``base`` on.
+    Slot ``s`` below ``prefix.shape[2]`` holds logical position ``prefix[b, h, s]``, ascending, filler first; ``h`` is 0, or the
+    head of keys and values where each has entries of its own. Behind the prefix nothing was dropped, so slots and positions
+    go on together from ``base`` on.
     """
 
     def __init__(self, prefix: Tensor, base: int, filler: bool):
@@ -70,15 +86,34 @@ class RowMap:
     @property
     def dropped(self) -> int:
         """Logical positions that have no slot (padding counts as dropped)."""
-        return self.base - self.prefix.shape[1]
+        return self.base - self.prefix.shape[2]
+
+    def entries(self, slots: int) -> Tensor:
+        """Logical positions ``(B, 1 or heads, slots)`` of the first ``slots`` slots."""
+        length = self.prefix.shape[2]
+        if slots <= length:
+            return self.prefix[:, :, :slots]
+        tail = torch.arange(slots - length, device=self.prefix.device) + self.base
+        return torch.cat([self.prefix, tail.expand(*self.prefix.shape[:2], -1)], 2)
 
     def columns(self, slots: int) -> Tensor:
-        """Logical positions ``(B, slots)`` of the first ``slots`` slots."""
-        length = self.prefix.shape[1]
-        if slots <= length:
-            return self.prefix[:, :slots]
-        tail = torch.arange(slots - length, device=self.prefix.device) + self.base
-        return torch.cat([self.prefix, tail.expand(self.prefix.shape[0], -1)], 1)
+        """Logical positions ``(B, slots)`` of the first ``slots`` slots, of the first head where heads differ.
+
+        Heads differ in which tokens of the past they hold, not in how many: a mask that hides filler and the future is the
+        same for all.
+        """
+        return self.entries(slots)[:, 0]
+
+    def find(self, sample: int, logical: Tensor) -> Tensor:
+        """Slots of a sample's tokens at ``logical (N,)`` or ``(heads, N)``, which must be there."""
+        held = self.prefix[sample]
+        if logical.ndim == 1 and held.shape[0] == 1:
+            return self._search(held[0], logical)
+        return self._search(held.expand(logical.shape[0] if logical.ndim == 2 else -1, -1), logical.expand(held.shape[0], -1))
+
+    def _search(self, held: Tensor, logical: Tensor) -> Tensor:
+        behind = logical - self.base + self.prefix.shape[2]
+        return torch.where(logical >= self.base, behind, torch.searchsorted(held.contiguous(), logical.contiguous()))
 
     def fix(self, slots: int) -> None:
         """Keeps what a cache of constant size needs at hand as tensors: compiled decode steps read no number that changes."""
@@ -88,16 +123,16 @@ class RowMap:
 
     def extended(self, rows: Tensor | None, past: int, length: int, filler: bool) -> RowMap:
         """The map after ``length`` more logical tokens, of which only ``rows`` were stored (None: all of them)."""
-        head = self.columns(past - self.dropped)
+        head = self.entries(past - self.dropped)
         if rows is None:
             rows = torch.arange(length, device=head.device).expand(head.shape[0], -1)
         new = torch.where(rows < 0, FILLER, rows + past).to(head.device)
-        return RowMap(torch.cat([head, new], 1), past + length, self.filler or filler)
+        return RowMap(torch.cat([head, new[:, None].expand(-1, head.shape[1], -1)], 2), past + length, self.filler or filler)
 
     @classmethod
     def identity(cls, batch: int, past: int, device: torch.device) -> RowMap:
         """A map of ``past`` tokens of which none was dropped."""
-        return cls(torch.arange(past, device=device).expand(batch, -1), past, filler=False)
+        return cls(torch.arange(past, device=device).expand(batch, 1, -1), past, filler=False)
 
     def select(self, samples: Tensor) -> None:
         """Reorders, repeats or drops samples of the batch, as the cache does for beams."""
@@ -112,9 +147,10 @@ class RowMap:
         if excess <= 0:
             return
         tail = torch.arange(length, self.base, device=self.prefix.device)
-        if excess > self.prefix.shape[1] or not torch.equal(self.prefix[:, -excess:], tail.expand(self.prefix.shape[0], -1)):
+        held = self.prefix[:, :, -excess:]
+        if excess > self.prefix.shape[2] or not torch.equal(held, tail.expand_as(held)):
             raise IncompatibleCacheError(
                 f"the cache cannot be cropped to {length} tokens: tokens behind that position were pruned. "
                 "Crop to a length behind the image, or start from an empty cache."
             )
-        self.prefix, self.base = self.prefix[:, :-excess], length
+        self.prefix, self.base = self.prefix[:, :, :-excess], length

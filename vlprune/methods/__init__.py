@@ -1,6 +1,9 @@
 """The methods, one file each. Importing this package registers them."""
 
 from vlprune.methods.baselines import Pool, Random, Resize, Uniform
+from vlprune.methods.chain import chain
+from vlprune.methods.fastv import FastV
 from vlprune.methods.hired import HiRED
+from vlprune.methods.snapkv import SnapKV
 
-__all__ = ["HiRED", "Pool", "Random", "Resize", "Uniform"]
+__all__ = ["FastV", "HiRED", "Pool", "Random", "Resize", "SnapKV", "Uniform", "chain"]

@@ -1,0 +1,69 @@
+"""FastV: after a few layers the LLM drops the visual tokens that the end of the question does not look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vlprune import budget as budgets
+from vlprune.errors import OptionError
+from vlprune.image import ImageLayout, LayerTokens, ModelShape, top
+from vlprune.method import Method, Plan, Selection, register
+from vlprune.signals import QueryAttention
+
+LAST = QueryAttention(queries="last", mean_heads=True)
+
+
+@register("fastv")
+@dataclass(kw_only=True)
+class FastV(Method):
+    """FastV: before an early LLM layer the visual tokens leave that the prompt's last token attends to least.
+
+    Before layer ``layer`` each image keeps its tokens with the most attention from the last token of the prompt in the layer
+    before, averaged over heads. All tokens pass through the layers before that, so the fewest a budget can ask for
+    is ``layer`` of so many layers; ``keep`` gives the number of tokens from ``layer`` on instead, and then ``budget`` does
+    not count.
+
+    ``layer``: LLM layer before which tokens leave, counted from 0, at least 1.
+    ``keep``: tokens of an image (int), or fraction of them (float), from ``layer`` on; None to meet ``budget``.
+
+    As in the official code, the score is the attention of the last token (the paper's text speaks of attention received), and
+    kept tokens keep their positions. Deviations: each image of a prompt keeps its own share, each sample of a batch has its own
+    choice (the official code applies the first sample's to all), scores are float32, drafts of assisted decoding do not count as
+    the end of the prompt.
+    """
+
+    paper: ClassVar[str] = "Chen et al., FastV, ECCV 2024, arXiv:2403.06764"
+    needs = (LAST,)
+
+    budget: int | float = 0.5
+    layer: int = 2
+    keep: int | float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.layer, int) or self.layer < 1:
+            raise OptionError(f"layer={self.layer!r}: allowed is an LLM layer from 1 on; the layer before it tells what to keep")
+        if self.keep is not None:
+            budgets.check(self.keep)
+
+    def plan(self, layout: ImageLayout, shape: ModelShape) -> Plan:
+        total = layout.total
+        if self.layer >= shape.text_layers:
+            raise OptionError(f"layer={self.layer}: this model's LLM has layers 0 to {shape.text_layers - 1}")
+        if self.keep is not None:
+            after = budgets.tokens(self.keep, total)
+        else:
+            after = self._after(total, shape.text_layers)
+        return Plan(total, {self.layer: after} if after < total else {})
+
+    def _after(self, total: int, layers: int) -> int:
+        """Tokens from ``layer`` on, so that the mean over all layers is the budget."""
+        room = budgets.room(self.budget, total, layers)
+        after = (room - self.layer * total) // (layers - self.layer)
+        if after < 1:
+            raise budgets.unreachable(self.name, self.budget, total, (self.layer * total + layers - self.layer) / layers)
+        return min(after, total)
+
+    def prefill(self, tokens: LayerTokens) -> Selection:
+        return Selection(top(tokens[LAST][0, 0], tokens.count).sort().values)
