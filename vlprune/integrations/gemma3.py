@@ -38,6 +38,7 @@ GEMMA3 = register(
         groups=groups,
         vision_types=("siglip_vision_model",),
         cls_types=(),
+        pointwise=False,
         # The projector averages blocks of the full grid.
         resizable=False,
         sliding=True,

@@ -45,6 +45,7 @@ def _family(name: str, model_type: str) -> Family:
             vision_layers=("encoder.layers",),
             vision_types=(f"{model_type}_vision",),
             cls_types=(),
+            pointwise=False,
             projector="model.connector",
             # Pixel shuffle wants a square, and masks of the full tile's patches come along.
             resizable=False,

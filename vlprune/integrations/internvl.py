@@ -37,6 +37,7 @@ INTERNVL = register(
         vision_attention="attention",
         vision_types=("internvl_vision",),
         cls_types=("internvl_vision",),
+        pointwise=False,
         # Pixel shuffle wants an even square.
         resizable=False,
     )

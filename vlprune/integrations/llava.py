@@ -115,6 +115,7 @@ LLAVA_NEXT_VIDEO = register(
         llava_next_layouts,
         video_layouts=next_video_layouts,
         groups=next_video_groups,
+        pointwise=False,
         # Frames are pooled on their full grid, before the projector.
         resizable=False,
     )

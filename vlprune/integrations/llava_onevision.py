@@ -58,6 +58,8 @@ LLAVA_ONEVISION = register(
         tail=newline,
         vision_types=("siglip_vision_model",),
         cls_types=(),
+        # For the same reason as below: resizing mixes what is left with what is not.
+        stages=("select", "prefill", "evict"),
         # Pictures and frames are resized as features, which would mix those of a smaller image with the gaps between them.
         resizable=False,
     )

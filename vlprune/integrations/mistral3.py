@@ -63,5 +63,6 @@ MISTRAL3 = register(
         vision_mlp="feed_forward",
         vision_types=("pixtral",),
         cls_types=(),
+        pointwise=False,
     )
 )
