@@ -17,6 +17,7 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MistralConfig,
     Qwen2Config,
 )
 
@@ -92,6 +93,29 @@ def test_a_language_model_with_sliding_windows():
         image_token_index=zoo.IMAGE,
     )
     refuses(LlavaForConditionalGeneration(config), vlprune.UnsupportedModelError, "sliding-window", "sliding_window=None")
+
+
+def test_a_language_model_whose_config_names_a_window_and_no_layers():
+    """Mistral's: all of its layers slide."""
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**zoo.VISION),
+        text_config=MistralConfig(**SMALL, sliding_window=8),
+        image_token_index=zoo.IMAGE,
+    )
+    refuses(LlavaForConditionalGeneration(config), vlprune.UnsupportedModelError, "sliding-window", "sliding_window=None")
+
+
+@pytest.mark.parametrize("make", [lambda: zoo.build("llava"), llama], ids=["known family", "unknown family"])
+def test_a_language_model_with_recurrent_layers(make):
+    """The reason is named, also where the family is not known: no registration would help."""
+    model = make()
+    model.config.get_text_config().layer_types = ["linear_attention", "full_attention"]
+    refuses(model, vlprune.UnsupportedModelError, "layers of type linear_attention", "full attention", "mix the tokens")
+
+
+def test_a_smaller_image_for_an_encoder_that_cannot_see_one():
+    model = zoo.build("gemma3")
+    refuses(model, vlprune.UnsupportedMethodError, "resize", "smaller image", "Gemma 3", "uniform", method="resize")
 
 
 def test_a_method_that_needs_cls_on_an_encoder_without_one():

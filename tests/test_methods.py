@@ -13,6 +13,7 @@ from torch import Tensor
 import vlprune
 from tests import zoo
 from vlprune.image import ImageLayout, ImageTokens, centres
+from vlprune.integrations.layouts import tiles_in_a_row
 from vlprune.integrations.llava import _anyres, _single
 from vlprune.method import _methods
 from vlprune.methods.hired import EARLY, LATE
@@ -24,6 +25,8 @@ LAYOUTS = {
     "padded above and below": lambda: _anyres(30, 84, 4, 28, ((56, 84),)),
     "padded left and right": lambda: _anyres(84, 20, 4, 28, ((84, 28), (56, 28))),
     "LLaVA-NeXT 672 x 672": lambda: _anyres(672, 672, 24, 336, ((672, 672),)),
+    "a larger picture, resized": lambda: _anyres(84, 56, 4, 28, ((84, 56),), most=2),
+    "frames of a video": lambda: tiles_in_a_row(3, (4, 6), separators=1),
 }
 
 
@@ -53,6 +56,8 @@ def hired_by_hand(img: ImageTokens, alpha: float, allocation: str) -> list[int]:
         ranked.append(sorted((p for p in range(patches) if row[p] >= 0), key=lambda p, scores=scores: (-scores[p], p)))
     if layout.tiles == 1:
         quota = [count]
+    elif not layout.thumbnail:
+        quota = [count // layout.tiles + (tile < count % layout.tiles) for tile in range(layout.tiles)]
     else:
         crops = layout.tiles - 1
         full = max(min(int(count * alpha), layout.available[0]), count - sum(layout.available[1:]))

@@ -26,6 +26,9 @@ MODALITIES = {"image": IMAGE, "video": VIDEO}
 TOKENS = {IMAGE: ("image_token_id", "image_token_index"), VIDEO: ("video_token_id", "video_token_index")}
 """Where a config has the ids of placeholders."""
 
+ATTENDING = {"full_attention", "sliding_attention"}
+"""Types of layers whose tokens stay apart."""
+
 Layouts = Callable[[Any, dict[str, Any]], list[ImageLayout]]
 
 
@@ -124,20 +127,14 @@ class Family:
 
     def _check_layers(self, model: nn.Module, config: Any) -> None:
         """Raises :class:`UnsupportedModelError` where layers of the LLM do more than attend to all tokens."""
-        window = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
-        types = set(getattr(config, "layer_types", None) or [window])
-        name = type(model).__name__
+        types, name = _layer_types(config), type(model).__name__
         if "sliding_attention" in types and not self.sliding:
             raise UnsupportedModelError(
                 f"{name}: its language model has sliding-window layers, which are not supported; "
                 "load it with sliding_window=None in text_config if its window is longer than your prompts"
             )
-        other = sorted(types - {"full_attention", "sliding_attention"})
-        if other:
-            raise UnsupportedModelError(
-                f"{name}: its language model has layers of type {', '.join(other)}; allowed are layers of full attention, "
-                "since others mix the tokens into a state or into chunks that single tokens cannot leave"
-            )
+        if types - ATTENDING:
+            raise UnsupportedModelError(f"{name}: {_mixing(types)}")
 
     def placeholders(self, model: nn.Module, input_ids: Tensor | None, embeddings: Tensor | None) -> Tensor:
         """What each token of ``input_ids (B, L)``, or else of ``embeddings (B, L, D)``, stands for.
@@ -191,6 +188,19 @@ class Parts:
         return self.text_layers[layer].get_submodule(self.family.text_attention)
 
 
+def _layer_types(config: Any) -> set[str]:
+    """Types of the LLM's layers. A config that names none has layers of one type."""
+    window = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+    return set(getattr(config, "layer_types", None) or [window])
+
+
+def _mixing(types: set[str]) -> str:
+    return (
+        f"its language model has layers of type {', '.join(sorted(types - ATTENDING))}; allowed are layers of full attention, "
+        "since others mix the tokens into a state or into chunks that single tokens cannot leave"
+    )
+
+
 def _find(module: Any, path: str) -> Any:
     for name in path.split("."):
         module = getattr(module, name, None)
@@ -242,6 +252,11 @@ def family_of(model: Any) -> Family:
     for family in families():
         if model_type in family.model_types:
             return family
+    types = _layer_types(model.config.get_text_config()) if hasattr(model.config, "get_text_config") else ATTENDING
+    if types - ATTENDING:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} (model type {model_type!r}) cannot be supported: {_mixing(types)}"
+        )
     raise UnsupportedModelError(
         f"{type(model).__name__} (model type {model_type!r}) is not supported; supported are {_listed()}. "
         "A family of your own: vlprune.integrations.register(Family(...))"

@@ -25,7 +25,8 @@ class HiRED(Method):
     Of ``T`` tokens the thumbnail gets ``min(int(alpha T), its patches)``, the crops share the rest in proportion to how
     much attention [CLS] pays, in an early layer of the thumbnail, to the part that they show. Each tile keeps the tokens
     with the most [CLS] attention in the late layer that feeds the projector. Attention is summed over heads. An image of
-    one tile (LLaVA-1.5) keeps its ``T`` best tokens.
+    one tile (LLaVA-1.5) keeps its ``T`` best tokens. Where there are several and none is the thumbnail, as in a video, each
+    has an equal share: nothing tells which one matters.
 
     ``alpha``: the thumbnail's share of the budget, in [0, 1].
     ``allocation``: ``"counts"`` is the official code's rule and what the published numbers came from: a crop is worth how
@@ -60,15 +61,16 @@ class HiRED(Method):
         # largest remainders. Only crops compete for those, and no seat lies in the padding.
         quotas = self._quotas(image, count)
         worth = quotas[:, None] - (ranks + 1)
-        worth[0].masked_fill_(ranks[0] >= quotas[0], -1e9)
+        if layout.thumbnail:
+            worth[0].masked_fill_(ranks[0] >= quotas[0], -1e9)
         keep = places.flatten()[top(worth.masked_fill(places < 0, -torch.inf).flatten(), count)]
         return Selection(with_separators(keep, image))
 
     def _quotas(self, image: ImageTokens, count: int) -> Tensor:
         """Each tile's part ``(tiles,)`` of ``count``, before rounding."""
         layout = image.layout
-        if layout.tiles == 1:
-            return torch.full((1,), float(count), device=image.device)
+        if layout.tiles == 1 or not layout.thumbnail:
+            return torch.full((layout.tiles,), count / layout.tiles, device=image.device)
         thumbnail = min(int(count * self.alpha), layout.available[0])
         thumbnail = max(thumbnail, count - sum(layout.available[1:]))
         shares = self._shares(image[EARLY][0].sum(0), layout)
