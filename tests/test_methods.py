@@ -190,13 +190,13 @@ def test_names_that_cannot_be_registered(name):
 @pytest.mark.parametrize("budget", [1, 5, 0.1, 0.4, 0.9])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pool_is_the_mean_of_the_cells_that_uniform_takes_the_centres_of(layout, budget):
-    from vlprune.engine.encoder import _merged
+    from vlprune.engine.merging import merged
     from vlprune.methods.grids import divided
 
     img = image(LAYOUTS[layout](), budget)
     selection = vlprune.Pool(budget=budget).select(img)
     assert torch.equal(selection.keep, vlprune.Uniform(budget=budget).select(img).keep)
-    pooled = _merged(img.features, selection)
+    pooled = merged(img.features, selection)
     places, cell = divided(img.layout, min(img.count, sum(img.layout.available)))
     for index, place in enumerate(places.tolist()):
         torch.testing.assert_close(pooled[place], img.features[cell == index].mean(0), atol=1e-6, rtol=0)

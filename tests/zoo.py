@@ -383,6 +383,10 @@ VIDEOS: dict[str, dict[str, Any]] = {
 }
 
 
+PER_TOKEN = {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"}
+"""Inputs ``(B, L)``; the others are beside the prompt."""
+
+
 def scenarios(family: str) -> dict[str, dict[str, Any]]:
     """Those of ``SCENARIOS``, and of ``VIDEOS`` for families that have them."""
     return SCENARIOS | VIDEOS if FAMILIES[family].video else SCENARIOS
