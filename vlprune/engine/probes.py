@@ -18,7 +18,17 @@ from torch import Tensor, nn
 from vlprune.engine import attention
 from vlprune.engine.attention import Call
 from vlprune.engine.family import Parts
-from vlprune.signals import ClsAttention, ClsValues, Hidden, Keys, MeanAttention, ModuleDelta, ReceivedAttention, Signal, Values
+from vlprune.signals import (
+    ClsAttention,
+    ClsValues,
+    Hidden,
+    Keys,
+    MeanAttention,
+    ModuleDelta,
+    ReceivedAttention,
+    Signal,
+    Values,
+)
 
 Key = tuple[Signal, int]
 """A signal that a method asked for, and the block it is of."""
@@ -93,23 +103,23 @@ class Probe:
         self.parts = parts
         self.needs = tuple(signal for signal in needs if signal.tower == "vision")
         self.open = False
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Lets go of everything noted and measured."""
         self.wanted: set[Key] = set()
         self.calls: dict[int, list[Call]] = {}
         self.states: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self.measured: dict[Key, list[Tensor]] = {}
 
     def install(self) -> list[Any]:
-        family, blocks = self.parts.family, self.parts.vision_layers
-        taps = set()
-        for signal in self.needs:
-            module = "" if isinstance(signal, Hidden) else None
-            if isinstance(signal, ModuleDelta):
-                module = family.vision_attention if signal.module == "attention" else family.vision_mlp
-            if module is not None:
-                taps |= {(module, layer) for layer in ([self._layer(signal)] if signal.layer is not None else range(len(blocks)))}
+        blocks = self.parts.vision_layers
+        taps = {
+            (self._module(signal), layer)
+            for signal in self.needs
+            if isinstance(signal, (Hidden, ModuleDelta))
+            for layer in (range(len(blocks)) if signal.layer is None else [self._layer(signal)])
+        }
         return [
             blocks[layer].get_submodule(module).register_forward_hook(Tap(self, module, layer), with_kwargs=True)
             for module, layer in sorted(taps)
@@ -121,8 +131,8 @@ class Probe:
 
     @contextmanager
     def run(self, own: Iterable[int] = ()) -> Iterator[None]:
-        """Inside the block everything is noted that :meth:`measure` needs; what was measured is there until the next run."""
-        self._forget()
+        """Inside the block everything is noted that :meth:`measure` needs; call :meth:`forget` when all is taken."""
+        self.forget()
         own = tuple(own)
         for signal in self.needs:
             self.wanted |= {(signal, layer) for layer in (own if signal.layer is None else [self._layer(signal)])}
@@ -133,7 +143,7 @@ class Probe:
             with attention.watching({self.parts.vision_attention(layer): self.calls[layer].append for layer in layers}):
                 yield
         except BaseException:
-            self._forget()
+            self.forget()
             raise
         finally:
             self.open = False
@@ -173,6 +183,7 @@ class Probe:
     # ------------------------------------------------------------------ one signal
 
     def _module(self, signal: Signal) -> str:
+        """What a signal is the output of: a part of a block, or the block."""
         if isinstance(signal, ModuleDelta):
             return self.parts.family.vision_attention if signal.module == "attention" else self.parts.family.vision_mlp
         return ""
