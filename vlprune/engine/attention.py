@@ -47,7 +47,7 @@ class Call:
 
 Watcher = Callable[[Call], None]
 _watchers: dict[nn.Module, list[Watcher]] = {}
-_tables: dict[tuple[int, str], "_Entry"] = {}
+_tables: dict[tuple[int, str], _Entry] = {}
 _lock = threading.Lock()
 
 

@@ -7,7 +7,8 @@ included, goes on in lengths that count every token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence as Listing
+from collections.abc import Callable
+from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field
 from typing import Any
 

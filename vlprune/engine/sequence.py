@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlprune.engine.encoder import Chosen
-from vlprune.engine.rows import FILLER, right_align, take
+from vlprune.engine.rows import FILLER, right_align
 from vlprune.engine.steps import Step
 
 

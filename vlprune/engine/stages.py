@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from vlprune.engine import cache as caches
-from vlprune.engine.merging import merged
 from vlprune.engine.family import Parts
+from vlprune.engine.merging import merged
 from vlprune.engine.rows import RowMap, Take, right_align
 from vlprune.engine.sequence import Image, Sequence
 from vlprune.engine.steps import Clock, Step
