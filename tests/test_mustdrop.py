@@ -28,6 +28,7 @@ LAYOUTS = {
     "a grid that 3 does not divide": lambda: _single(8),
     "2 x 2 crops": lambda: _anyres(84, 84, 6, 42, ((84, 84),)),
     "1 x 3 crops, padded": lambda: _anyres(60, 126, 6, 42, ((84, 126),)),
+    "windows in the padding": lambda: _anyres(189, 63, 9, 63, ((126, 126),)),
     "much padding": lambda: _anyres(126, 24, 6, 42, ((126, 42), (84, 42))),
 }
 LAYOUT_CASES = pytest.mark.parametrize("layout", [make() for make in LAYOUTS.values()], ids=LAYOUTS)
