@@ -141,14 +141,18 @@ class VisionHooks:
         return self.run.rows.restore_tokens(out)
 
     def _leave_encoder(self, vision: nn.Module, args: tuple, out: Any) -> None:
+        """Puts rows back in what the encoder gives: its last state, and those of earlier blocks that are as long."""
         if self.run is None or self.run.rows.origin is None:
             return
-        rows = self.run.rows
-        length = out.last_hidden_state.shape[-2]
-        out.last_hidden_state = rows.restore_rows(out.last_hidden_state)
+        rows, length = self.run.rows, out.last_hidden_state.shape[-2]
+
+        def restored(state: Tensor | None) -> Tensor | None:
+            # transformers 5 leaves out states that the model does not read.
+            return rows.restore_rows(state) if state is not None and state.shape[-2] == length else state
+
+        out.last_hidden_state = restored(out.last_hidden_state)
         if out.hidden_states is not None:
-            states = (rows.restore_rows(state) if state.shape[-2] == length else state for state in out.hidden_states)
-            out.hidden_states = tuple(states)
+            out.hidden_states = tuple(map(restored, out.hidden_states))
 
 
 class BlockHook:
