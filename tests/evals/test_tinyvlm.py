@@ -3,6 +3,7 @@ checkpoints."""
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from typing import Any
@@ -76,23 +77,21 @@ def test_training_sees_what_the_processor_makes(architecture):
 def test_cells_are_told_what_lies_under_them(architecture):
     """Every character is the target of a cell of a view that it is in, with its place in the text."""
     picture = synthvqa.scene("train", 0, "scene")
-    told = targets.cell_targets(picture, architecture)
+    told = targets.cell_targets(picture, architecture.views)
     for item in (item for item in picture.items if item.text):
-        views = [number for number, view in enumerate(architecture.views) if view.readable and holds(view.box, item.centre)]
+        views = [
+            number for number, view in enumerate(architecture.views) if view.readable and targets.holds(view.box, item.centre)
+        ]
         assert len(views) == 1
         found = {(glyph, place) for _, glyph, place in told[views[0]].tolist()}
         for place, char in enumerate(item.text):
             assert (targets.GLYPHS.index(char), place + 1) in found
 
 
-def holds(box: synthvqa.Box, point: tuple[float, float]) -> bool:
-    return box[0] <= point[0] < box[2] and box[1] <= point[1] < box[3]
-
-
 def test_captions_name_what_lies_in_a_view(architecture):
     """The view of the whole image names everything, and readable ones name every character."""
     picture = synthvqa.scene("train", 2, "form")
-    told = targets.caption_targets(picture, architecture)
+    told = targets.caption_targets(picture, architecture.views)
     whole = {targets.OWNERS[number] for number in told[0][: len(targets.OWNERS)].nonzero()[0]}
     assert whole == {item.phrase for item in picture.items}
     characters = {targets.GLYPHS[number] for number in told[:, len(targets.OWNERS) :].any(0).nonzero()[0]}
@@ -194,6 +193,33 @@ def test_export_round_trip(tmp_path, monkeypatch, architecture):
     inputs = [p(images=images, text=[p.apply_chat_template(chat)], return_tensors="pt") for p in (made, again)]
     for name, value in inputs[0].items():
         assert torch.equal(value, inputs[1][name]), name
+
+
+def test_crops_show_what_their_targets_name():
+    """A crop's targets are those of its cells in the whole image, and the densest tile is where the characters are."""
+    for index in range(12):
+        picture = synthvqa.scene("train", index)
+        tile = targets.densest_tile(picture, characters=True)
+        left, top = (start // 8 for start in tile.origin)
+        whole = targets.cell_targets(picture, qwen.QWEN25_VL.views).reshape(16, 16, 3)
+        part = targets.cell_targets(picture, (tile,)).reshape(8, 8, 3)
+        assert (part == whole[top : top + 8, left : left + 8]).all()
+        written = [item for item in picture.items if item.text]
+        assert any(targets.holds(tile.box, item.centre) for item in written) or not written
+
+
+@pytest.mark.parametrize("side", [64, 128])
+def test_qwens_training_computes_what_the_model_computes(side):
+    """Windows that are attended to at once give the features that they give one by one; the model is left as it was."""
+    model = qwen.model(0)
+    images = [synthvqa.scene("train", index).draw().crop((0, 0, side, side)) for index in range(2)]
+    expected, _ = qwen.QWEN25_VL.features(model, images)
+    with qwen.QWEN25_VL.training(model):
+        features, _ = qwen.QWEN25_VL.features(model, images)
+    torch.testing.assert_close(features, expected, atol=1e-6, rtol=0)
+    again, _ = qwen.QWEN25_VL.features(copy.deepcopy(model), images)
+    assert torch.equal(again, expected)
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_unknown_names_are_refused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,14 @@ class Architecture(ABC):
     @abstractmethod
     def features(self, model: Any, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
         """What the encoder makes of images: cells ``(images * views, cells ** 2, width)`` row by row, and one vector a
-        view, ``(images * views, width)``, that stands for all of it."""
+        view, ``(images * views, width)``, that stands for all of it.
+
+        Where the architecture takes images of any size, they may be crops, whose only view they are.
+        """
+
+    def training(self, model: Any) -> AbstractContextManager[Any]:
+        """Within it the model computes the same, faster, on images of one size."""
+        return nullcontext()
 
     @abstractmethod
     def inputs(self, images: list[Image.Image], ids: Tensor) -> dict[str, Tensor]:

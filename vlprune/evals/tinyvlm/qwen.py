@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
@@ -23,6 +27,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLModel,
 )
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
 from vlprune.evals.synthvqa import SIZE, TILE, Box
 from vlprune.evals.tinyvlm import tokens
@@ -167,7 +172,7 @@ def processor() -> Processor:
 
 def config(vocab_size: int) -> Qwen2_5_VLConfig:
     vision: dict[str, Any] = {
-        "depth": 5,
+        "depth": 4,
         "hidden_size": 96,
         "intermediate_size": 256,
         "num_heads": 3,
@@ -175,7 +180,7 @@ def config(vocab_size: int) -> Qwen2_5_VLConfig:
         "spatial_merge_size": MERGE,
         "temporal_patch_size": FRAMES,
         "window_size": TILE,
-        "fullatt_block_indexes": [3],
+        "fullatt_block_indexes": [2],
         "out_hidden_size": 160,
         "initializer_range": 0.05,
     }
@@ -211,15 +216,29 @@ def model(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
 
 
 def pixels(images: list[Image.Image]) -> Tensor:
-    """What the processor makes of 128 x 128 images: (images * 1024, 96), the four patches of a token beside each other."""
+    """What the processor makes of square images of one size, 128 x 128 pixels or a multiple of 8: ``(patches, 96)``, the
+    four patches of a token beside each other."""
+    side = images[0].width // CELL
     full = torch.from_numpy(np.stack([np.asarray(image) for image in images])).float().div_(127.5).sub_(1.0)
-    cells = full.reshape(len(images), GRID, MERGE, PATCH, GRID, MERGE, PATCH, 3).permute(0, 1, 4, 2, 5, 7, 3, 6)
+    cells = full.reshape(len(images), side, MERGE, PATCH, side, MERGE, PATCH, 3).permute(0, 1, 4, 2, 5, 7, 3, 6)
     patches = cells[..., None, :, :].expand(*cells.shape[:-2], FRAMES, PATCH, PATCH)
     return patches.reshape(-1, 3 * FRAMES * PATCH * PATCH)
 
 
-def _grids(images: int) -> Tensor:
-    return torch.tensor([[1, GRID * MERGE, GRID * MERGE]] * images)
+def _grids(images: list[Image.Image]) -> Tensor:
+    return torch.tensor([[1, image.height // PATCH, image.width // PATCH] for image in images])
+
+
+def _attend_at_once(
+    self: Any, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any
+) -> Tensor:
+    """What the encoder's attention does for each window in turn, for all at once, which must be of one size."""
+    cos, sin = position_embeddings
+    qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1))
+    query, key = apply_rotary_pos_emb_vision(qkv[:, 0], qkv[:, 1], cos, sin)
+    parts = (part.unflatten(0, (len(cu_seqlens) - 1, -1)).transpose(1, 2) for part in (query, key, qkv[:, 2]))
+    seen = F.scaled_dot_product_attention(*parts)
+    return self.proj(seen.transpose(1, 2).reshape(hidden_states.shape))
 
 
 class Qwen25VL(Architecture):
@@ -247,14 +266,25 @@ class Qwen25VL(Architecture):
         return model.config.vision_config.out_hidden_size
 
     def features(self, model: Any, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
-        out = model.model.visual(pixels(images).to(model.device), grid_thw=_grids(len(images)).to(model.device))
+        out = model.model.visual(pixels(images).to(model.device), grid_thw=_grids(images).to(model.device))
         # Before transformers 5 the encoder returned what the merger made, and nothing else.
         merged = out if isinstance(out, Tensor) else out.pooler_output
-        cells = merged.unflatten(0, (len(images), self.visual_tokens))
+        cells = merged.unflatten(0, (len(images), -1))
         return cells, cells.mean(1)
 
+    @contextmanager
+    def training(self, model: Any) -> Iterator[None]:
+        layers = [block.attn for block in model.model.visual.blocks]
+        for layer in layers:
+            layer.forward = MethodType(_attend_at_once, layer)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
+
     def inputs(self, images: list[Image.Image], ids: Tensor) -> dict[str, Tensor]:
-        made = {"pixel_values": pixels(images), "image_grid_thw": _grids(len(images))}
+        made = {"pixel_values": pixels(images), "image_grid_thw": _grids(images)}
         if _wants_token_types():
             made["mm_token_type_ids"] = (ids == SPECIAL.index(self.image)).int()
         return made

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from vlprune.evals import synthvqa
-from vlprune.evals.synthvqa import Question, Scene
-from vlprune.evals.tinyvlm.architecture import Architecture
+from vlprune.evals.synthvqa import TILE, Box, Question, Scene
+from vlprune.evals.tinyvlm.architecture import CELL, Architecture, View
 
 OWNERS = [
     "nothing",
@@ -20,14 +22,14 @@ COUNTS = 6
 IGNORE = -100
 
 
-def cell_targets(scene: Scene, architecture: Architecture) -> np.ndarray:
+def cell_targets(scene: Scene, views: Sequence[View]) -> np.ndarray:
     """(views, cells, 3) integers: owner, character and its place in the text, for every cell of every view.
 
     A cell belongs to what its centre lies in. Characters of a thumbnail are too small to read and count as nothing.
     """
-    side = architecture.views[0].cells
-    targets = np.zeros((len(architecture.views), side, side, 3), np.int64)
-    for number, view in enumerate(architecture.views):
+    side = views[0].cells
+    targets = np.zeros((len(views), side, side, 3), np.int64)
+    for number, view in enumerate(views):
         if not view.readable:
             targets[number, ..., 1:] = IGNORE
         for item in scene.items:
@@ -38,7 +40,7 @@ def cell_targets(scene: Scene, architecture: Architecture) -> np.ndarray:
                 where = (number, *_slices(view.within(box)))
                 targets[(*where, 1)] = GLYPHS.index(char)
                 targets[(*where, 2)] = place + 1
-    return targets.reshape(len(architecture.views), side * side, 3)
+    return targets.reshape(len(views), side * side, 3)
 
 
 def _slices(ranges: tuple[range, range]) -> tuple[slice, slice]:
@@ -46,13 +48,12 @@ def _slices(ranges: tuple[range, range]) -> tuple[slice, slice]:
     return slice(rows.start, rows.stop), slice(columns.start, columns.stop)
 
 
-def caption_targets(scene: Scene, architecture: Architecture) -> np.ndarray:
+def caption_targets(scene: Scene, views: Sequence[View]) -> np.ndarray:
     """(views, owners + characters) of 0 and 1: what the caption of each view says; a thumbnail's names no characters."""
-    targets = np.zeros((len(architecture.views), len(OWNERS) + len(GLYPHS)), np.float32)
-    for number, view in enumerate(architecture.views):
-        left, top, right, bottom = view.box
+    targets = np.zeros((len(views), len(OWNERS) + len(GLYPHS)), np.float32)
+    for number, view in enumerate(views):
         for item in scene.items:
-            if not (left <= item.centre[0] < right and top <= item.centre[1] < bottom):
+            if not holds(view.box, item.centre):
                 continue
             targets[number, OWNERS.index(item.phrase)] = 1
             for char in item.text if view.readable else "":
@@ -60,8 +61,24 @@ def caption_targets(scene: Scene, architecture: Architecture) -> np.ndarray:
     return targets
 
 
-def count_targets(scene: Scene) -> list[int]:
-    return [min(sum(item.kind == kind for item in scene.items), COUNTS - 1) for kind in synthvqa.SHAPES]
+def count_targets(scene: Scene, view: View) -> list[int]:
+    """How many of each shape a view shows (their centres)."""
+    kinds = [item.kind for item in scene.items if holds(view.box, item.centre)]
+    return [min(kinds.count(kind), COUNTS - 1) for kind in synthvqa.SHAPES]
+
+
+def densest_tile(scene: Scene, characters: bool) -> View:
+    """The quarter of the image with most characters, or with most items; among equals the first."""
+    tiles = [View(TILE // CELL, (x, y)) for y in (0, TILE) for x in (0, TILE)]
+
+    def content(tile: View) -> int:
+        return sum(len(item.text) if characters else 1 for item in scene.items if holds(tile.box, item.centre))
+
+    return max(tiles, key=content)
+
+
+def holds(box: Box, point: tuple[float, float]) -> bool:
+    return box[0] <= point[0] < box[2] and box[1] <= point[1] < box[3]
 
 
 def pointed_at(scene: Scene, question: Question, architecture: Architecture) -> list[list[int]]:

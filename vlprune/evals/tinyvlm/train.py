@@ -44,6 +44,7 @@ from vlprune.evals.tinyvlm.targets import (
     caption_targets,
     cell_targets,
     count_targets,
+    densest_tile,
     pointed_at,
 )
 
@@ -59,6 +60,8 @@ class Stage:
     encoder_rate: float = 0.0
     unfreeze: int = 0
     """Step from which the encoder learns along."""
+    crops: bool = False
+    """Whether only a tile of an image is seen: in turns the one with most characters and the one with most items."""
     captions: float = 0.0
     """Share of the images that are described too."""
     zeros: float = 1.0
@@ -67,7 +70,7 @@ class Stage:
     """Weight of the loss on where two heads of the middle layers look while they answer."""
 
 
-STAGE_NAMES = ("encoder", "vlm")
+STAGE_NAMES = ("encoder", "vlm", "crops")
 SIBLINGS: dict[str, tuple[Architecture, tuple[Stage, ...]]] = {
     "llava": (
         LLAVA_NEXT,
@@ -79,8 +82,9 @@ SIBLINGS: dict[str, tuple[Architecture, tuple[Stage, ...]]] = {
     "qwen": (
         QWEN25_VL,
         (
-            Stage("encoder", 1200, 24, rate=2e-3, encoder_rate=2e-3),
-            Stage("vlm", 1200, 32, rate=1e-3, encoder_rate=2e-4, unfreeze=900, captions=0.2, zeros=0.5, pointing=0.5),
+            Stage("crops", 1000, 48, rate=1.5e-3, encoder_rate=1.5e-3, crops=True),
+            Stage("encoder", 250, 16, rate=7e-4, encoder_rate=7e-4),
+            Stage("vlm", 1000, 32, rate=1e-3, encoder_rate=2e-4, unfreeze=700, captions=0.2, zeros=0.5, pointing=0.5),
         ),
     ),
 }
@@ -99,10 +103,14 @@ class EncoderHeads(nn.Module):
         self.caption = nn.Linear(width, len(OWNERS) + len(GLYPHS))
         self.count = nn.Linear(width, len(synthvqa.SHAPES) * COUNTS)
 
-    def forward(self, model: nn.Module, scenes: list[Scene]) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, model: nn.Module, scenes: list[Scene], crops: bool = False) -> tuple[Tensor, dict[str, float]]:
         device = self.patch.weight.device
-        cells, pooled = self.architecture.features(model, [scene.draw() for scene in scenes])
-        targets = np.stack([cell_targets(scene, self.architecture) for scene in scenes])
+        images, views = [scene.draw() for scene in scenes], [self.architecture.views] * len(scenes)
+        if crops:
+            views = [(densest_tile(scene, characters=number % 2 == 0),) for number, scene in enumerate(scenes)]
+            images = [image.crop(view.box) for image, (view,) in zip(images, views, strict=True)]
+        cells, pooled = self.architecture.features(model, images)
+        targets = np.stack([cell_targets(scene, seen) for scene, seen in zip(scenes, views, strict=True)])
         targets = torch.from_numpy(targets).flatten(0, 1).to(device)
         logits = self.patch(cells).float().split([len(OWNERS), len(GLYPHS), PLACES], dim=-1)
         loss = torch.zeros((), device=device)
@@ -114,11 +122,12 @@ class EncoderHeads(nn.Module):
             loss = loss + F.cross_entropy(part.flatten(0, 1), target, weight, ignore_index=IGNORE)
             there = target > 0
             stats[name] = (part.flatten(0, 1).argmax(-1)[there] == target[there]).float().mean().item()
-        captions = np.stack([caption_targets(scene, self.architecture) for scene in scenes])
+        captions = np.stack([caption_targets(scene, seen) for scene, seen in zip(scenes, views, strict=True)])
         captions = torch.from_numpy(captions).flatten(0, 1).to(device)
         loss = loss + 10 * F.binary_cross_entropy_with_logits(self.caption(pooled).float(), captions)
         whole = cells.unflatten(0, (len(scenes), -1))[:, 0].mean(1)
-        counts = torch.tensor([count_targets(scene) for scene in scenes], device=device)
+        counts = [count_targets(scene, seen[0]) for scene, seen in zip(scenes, views, strict=True)]
+        counts = torch.tensor(counts, device=device)
         predicted = self.count(whole).float().unflatten(-1, (len(synthvqa.SHAPES), COUNTS))
         loss = loss + F.cross_entropy(predicted.flatten(0, 1), counts.flatten())
         stats["count"] = (predicted.argmax(-1) == counts).float().mean().item()
@@ -312,7 +321,7 @@ class Trainer:
         encoder = self.encoder()
         known = {id(p) for p in encoder}
         rest = [p for p in self.model.parameters() if id(p) not in known]
-        if stage.name == "encoder":
+        if stage.name != "vlm":
             # Of the rest only what lies between encoder and heads gets a gradient.
             rest += self.heads.parameters()
         groups = [{"params": encoder, "peak": stage.encoder_rate}, {"params": rest, "peak": stage.rate}]
@@ -321,8 +330,8 @@ class Trainer:
     def loss(self, stage: Stage, step: int) -> tuple[Tensor, dict[str, float]]:
         first = STAGE_NAMES.index(stage.name) * 10_000_000 + step * stage.images
         scenes = [synthvqa.scene("train", first + k) for k in range(stage.images)]
-        if stage.name == "encoder":
-            return self.heads(self.model, scenes)
+        if stage.name != "vlm":
+            return self.heads(self.model, scenes, stage.crops)
         batch = self.dialogues.batch(scenes, random.Random(f"{self.seed}/{stage.name}/{step}"), stage)
         batch = {name: value.to(self.device) for name, value in batch.items()}
         return answer_loss(self.model, self.pointers, batch, stage.pointing)
@@ -348,7 +357,7 @@ class Trainer:
             start = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate_at(step, stage)
-            with torch.autocast(self.device.type, torch.bfloat16):
+            with torch.autocast(self.device.type, torch.bfloat16), self.architecture.training(self.model):
                 loss, stats = self.loss(stage, step)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
