@@ -194,7 +194,10 @@ def mistral3() -> Mistral3Config:
 
 @dataclass(frozen=True)
 class Entry:
-    """``cls``: the encoder has [CLS]. ``media``: what its images and videos are. ``video``: it has videos."""
+    """``cls``: the encoder has [CLS]. ``media``: what its images and videos are. ``video``: it has videos.
+
+    ``resize``: the encoder can be shown smaller tiles. ``caches``: those in which prompts can be pruned.
+    """
 
     config: Callable[[], Any]
     model: Any
@@ -202,6 +205,7 @@ class Entry:
     media: Media = Media()
     video: bool = False
     resize: bool = True
+    caches: tuple[str, ...] = ("dynamic", "static")
 
 
 def _tiles(family: str, **options: int) -> media.Tiles:
@@ -243,11 +247,18 @@ FAMILIES: dict[str, Entry] = {
     "internvl": Entry(internvl, InternVLForConditionalGeneration, media=media.Merged(), resize=False),
     "idefics3": Entry(idefics3, Idefics3ForConditionalGeneration, cls=False, media=media.Lists(), resize=False),
     "smolvlm": Entry(smolvlm, SmolVLMForConditionalGeneration, cls=False, media=media.Lists(), resize=False),
-    "gemma3": Entry(gemma3, Gemma3ForConditionalGeneration, cls=False, media=media.Merged(types=True), resize=False),
+    "gemma3": Entry(
+        gemma3,
+        Gemma3ForConditionalGeneration,
+        cls=False,
+        media=media.Merged(types=True),
+        resize=False,
+        caches=("dynamic",),
+    ),
     "mistral3": Entry(mistral3, Mistral3ForConditionalGeneration, cls=False, media=media.Rows()),
 }
 
-WAITING: set[str] = set(FAMILIES) - {"llava", "llava_siglip", "llava_next"}
+WAITING: set[str] = set()
 """Families that the laws do not hold for yet."""
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
