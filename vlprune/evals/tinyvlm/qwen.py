@@ -236,8 +236,9 @@ def _attend_at_once(
     cos, sin = position_embeddings
     qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1))
     query, key = apply_rotary_pos_emb_vision(qkv[:, 0], qkv[:, 1], cos, sin)
-    parts = (part.unflatten(0, (len(cu_seqlens) - 1, -1)).transpose(1, 2) for part in (query, key, qkv[:, 2]))
-    seen = F.scaled_dot_product_attention(*parts)
+    windows = (len(cu_seqlens) - 1, -1)
+    query, key, value = (part.unflatten(0, windows).transpose(1, 2) for part in (query, key, qkv[:, 2]))
+    seen = F.scaled_dot_product_attention(query, key, value)
     return self.proj(seen.transpose(1, 2).reshape(hidden_states.shape))
 
 
