@@ -13,6 +13,7 @@ from torch import Tensor
 import vlprune
 from tests import media, zoo
 from tests.media import IMAGE, VIDEO, Item
+from tests.reference import pruned_and_masked
 from vlprune.engine.family import IMAGE as IMAGES
 from vlprune.engine.family import VIDEO as VIDEOS
 from vlprune.engine.family import Parts, family_of
@@ -233,3 +234,19 @@ def test_a_seam_gives_what_it_gave_and_its_choice_for_each_image(family):
         assert [c.layout.total for c in choices] == [layout.total for layout in made[kind]]
         assert [c.kept for c in choices] == [vlprune.Random(budget=0.4).count(layout.total) for layout in made[kind]]
         assert all(c.kind == kind for c in choices)
+
+
+@pytest.mark.parametrize("family", FILMED)
+def test_beams_of_images_beside_videos(family):
+    """Each beam has the choices of its own prompt, whichever kind comes first."""
+    if family == "qwen3_vl" and zoo.VERSION < (5, 0):
+        pytest.skip("transformers before 5 cannot expand its videos")
+    model = zoo.build(family)
+    inputs = zoo.prompt(family, images=(1, 0, 1), videos=(1, 1, 0), words=(5, 7, 3))
+
+    def run() -> Any:
+        return zoo.generate(model, inputs, num_beams=2, num_return_sequences=2, output_scores=True)
+
+    pruned, expected = pruned_and_masked(model, inputs, run, method="random")
+    assert torch.equal(pruned.sequences, expected.sequences)
+    torch.testing.assert_close(pruned.sequences_scores, expected.sequences_scores, atol=1e-5, rtol=0)
