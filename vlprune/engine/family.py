@@ -252,7 +252,8 @@ def family_of(model: Any) -> Family:
     for family in families():
         if model_type in family.model_types:
             return family
-    types = _layer_types(model.config.get_text_config()) if hasattr(model.config, "get_text_config") else ATTENDING
+    config: Any = model.config
+    types = _layer_types(config.get_text_config()) if hasattr(config, "get_text_config") else ATTENDING
     if types - ATTENDING:
         raise UnsupportedModelError(
             f"{type(model).__name__} (model type {model_type!r}) cannot be supported: {_mixing(types)}"
