@@ -19,7 +19,6 @@ from vlprune.method import _methods
 from vlprune.methods.flowcut import CLS, CLS_VALUE, LAST, MEAN, PATCH_VALUES, TEXT_VALUES, FlowCut
 from vlprune.signals import ClsAttention, MeanAttention
 
-_methods.pop("flowcut", None)  # until the engine has all stages, the laws do not take it
 
 SHAPE = ModelShape(vision_layers=8, text_layers=4, feature_layer=6, has_cls=True)
 LLAVA = ModelShape(vision_layers=24, text_layers=32, feature_layer=22, has_cls=True)

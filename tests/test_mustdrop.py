@@ -19,7 +19,6 @@ from vlprune.integrations.llava import _anyres, _single
 from vlprune.method import Selection, _methods
 from vlprune.methods.mustdrop import CLS, MEAN, TEXT, MustDrop
 
-_methods.pop("mustdrop", None)  # until the engine has all stages, the laws do not take it
 
 SHAPE = ModelShape(vision_layers=4, text_layers=8, feature_layer=2, has_cls=True)
 LLAVA = ModelShape(vision_layers=24, text_layers=32, feature_layer=22, has_cls=True)

@@ -258,17 +258,16 @@ FAMILIES: dict[str, Entry] = {
     "mistral3": Entry(mistral3, Mistral3ForConditionalGeneration, cls=False, media=media.Rows()),
 }
 
-WAITING: set[str] = set()
-"""Families that the laws do not hold for yet."""
-
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "hired": [{}, {"allocation": "sums", "alpha": 0.3}],
     "fastv": [{"layer": 1}],
+    "flowcut": [{}, {"schedule": "even"}],
+    "mustdrop": [{}, {"global_threshold": 0.28, "individual_threshold": 0.5, "merge_threshold": 0.0}],
     "snapkv": [{"window": 3, "kernel": 3}],
 }
 """Options under which a method goes through the matrices; a method that is not named goes with its defaults."""
 
-LEAST: dict[str, float] = {"fastv": 0.5}
+LEAST: dict[str, float] = {"fastv": 0.5, "flowcut": 0.5, "mustdrop": 0.5}
 """Methods that drop inside the LLM cannot go below a budget, which depends on the model's depth; this one they can reach."""
 
 
@@ -280,16 +279,23 @@ def method_cases() -> list[tuple[str, dict[str, Any]]]:
     return [(name, options) for name in vlprune.methods() for options in VARIANTS.get(name, [{}])]
 
 
-def combinations() -> list[tuple[str, str, dict[str, Any]]]:
-    """Family, method and options of all that go together."""
+def combinations(adaptive: bool = True) -> list[tuple[str, str, dict[str, Any]]]:
+    """Family, method and options of all that go together; without ``adaptive``, those whose counts are known only."""
     return [
         (family, name, options)
-        for family, entry in FAMILIES.items()
+        for family in FAMILIES
         for name, options in method_cases()
-        if family not in WAITING
-        if entry.cls or not any(isinstance(s, vlprune.ClsAttention) for s in vlprune.methods()[name].needs)
-        if entry.resize or not vlprune.methods()[name]().resizes
+        if _fit(family, vlprune.methods()[name](**options)) and (adaptive or not vlprune.methods()[name](**options).adaptive)
     ]
+
+
+def _fit(family: str, method: vlprune.Method) -> bool:
+    entry = FAMILIES[family]
+    wants = method.wants(vlprune.ModelShape(vision_layers=4, text_layers=4, feature_layer=2, has_cls=entry.cls))
+    if not entry.cls and any(isinstance(signal, vlprune.ClsAttention) for signal in wants):
+        return False
+    stages = next(f.stages for f in vlprune.supported_models() if entry.config().model_type in f.model_types)
+    return set(method.stages) <= set(stages) and (entry.resize or not method.resizes)
 
 
 def build(family: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:

@@ -19,10 +19,11 @@ from vlprune.errors import (
 from vlprune.image import CacheTokens, ImageLayout, ImageTokens, LayerTokens, ModelShape, VisionTokens, top
 from vlprune.method import Merge, Method, Plan, ScoreMethod, Selection, from_dict, register
 from vlprune.method import methods as _methods
-from vlprune.methods import FastV, HiRED, Pool, Random, Resize, SnapKV, Uniform, chain
+from vlprune.methods import FastV, FlowCut, HiRED, MustDrop, Pool, Random, Resize, SnapKV, Uniform, chain
 from vlprune.report import Report
 from vlprune.signals import (
     ClsAttention,
+    ClsValues,
     Hidden,
     Keys,
     MeanAttention,
@@ -38,7 +39,9 @@ __all__ = [
     "BudgetError",
     "CacheTokens",
     "ClsAttention",
+    "ClsValues",
     "FastV",
+    "FlowCut",
     "HiRED",
     "Hidden",
     "ImageLayout",
@@ -51,6 +54,7 @@ __all__ = [
     "Method",
     "ModelShape",
     "ModuleDelta",
+    "MustDrop",
     "NotAppliedError",
     "OptionError",
     "Plan",
