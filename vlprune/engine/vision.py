@@ -19,7 +19,7 @@ from vlprune.engine.merging import merged
 from vlprune.engine.probes import Place, Probe
 from vlprune.engine.steps import Clock, Step
 from vlprune.engine.vision_rows import Packed, Tiles
-from vlprune.errors import BudgetError, UnsupportedMethodError
+from vlprune.errors import BudgetError, UnsupportedMethodError, VLPruneError
 from vlprune.image import ImageLayout, VisionTokens
 from vlprune.method import Method, Selection
 from vlprune.signals import Signal
@@ -59,7 +59,7 @@ class Track:
         before = self.steps[-1].tokens_out if self.steps else self.layout.total
         alive = self.alive
         kept = torch.arange(self.layout.total) if alive is None else alive
-        self.steps.append(Step("encode", layer, before, kept, clock.stop()))
+        self.steps.append(Step("encode", layer, before, kept, clock.stop(), rows=self.place.rows[0].numel()))
 
 
 class VisionHooks:
@@ -118,6 +118,11 @@ class VisionHooks:
         finally:
             self.run = None
         self.probe.measure([track.place for track in tracks], rows.filler)
+        if self.probe.wanted or any(len(track.steps) < len(track.layers) for track in tracks):
+            raise VLPruneError(
+                f"{type(self.parts.vision).__name__} ran without its hooks, so {type(self.method).__name__} was not asked; "
+                "was it compiled before the method was applied? Apply first, then compile."
+            )
         for index, track in enumerate(tracks):
             track.signals = self.probe.take(index)
         self.probe.forget()
