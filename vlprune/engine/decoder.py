@@ -282,9 +282,9 @@ class DecoderHooks:
         assert self.prefill is not None
         logical = forward.past + forward.length
         for layer, passed in forward.passed.items():
-            now = caches.row_map(forward.cache, layer)
+            old, now = forward.old[layer], caches.row_map(forward.cache, layer)
             self.prefill.physical.append(forward.length if passed.rows is None else passed.rows.shape[1])
-            self.prefill.held.append(forward.past - (0 if forward.old[layer] is None else forward.old[layer].dropped))
+            self.prefill.held.append(forward.past - (0 if old is None else old.dropped))
             self.prefill.cached.append(logical - (0 if now is None else now.dropped))
 
     @staticmethod
@@ -331,7 +331,8 @@ class DecoderHooks:
             changes: list[Callable[[Tensor], Tensor]] = []
             if layer == 0 and sequence.rows is not None:
                 changes.append(Take(sequence.rows))
-                hidden = changes[0](hidden)
+                if stages.asked(self.method, sequence, layer):
+                    hidden = changes[0](hidden.detach())
             changes += stages.prefill(self.method, self.parts, sequence, forward.signals, layer, hidden, self.drafts)
             alive = [image.alive for image in sequence.all_images()]
             passed = Passed(changes, sequence.rows, sequence.version, sequence.filler, alive)
@@ -356,7 +357,9 @@ class DecoderHooks:
                 changed["position_ids"] = None if forward.flash else forward.once(("ids", kind), lambda: take(ids, rows, 1))
         if kwargs.get("cache_position") is not None:
             changed["cache_position"] = self._cache_position(forward, layer, rows, kwargs["cache_position"])
-        changed["attention_mask"] = forward.once(("mask", kind), lambda: self._mask(forward, layer, kwargs.get("attention_mask")))
+        changed["attention_mask"] = forward.once(
+            ("mask", kind), lambda: self._mask(forward, layer, kwargs.get("attention_mask"))
+        )
         return changed
 
     @staticmethod

@@ -123,7 +123,8 @@ class TextSignals:
             keep(_first(out))
 
         def after_module(module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
-            keep(torch.stack([args[0] if args else kwargs["hidden_states"], _first(out)], 1))
+            before = args[0] if args else kwargs["hidden_states"]
+            keep(torch.stack([before.detach(), _first(out).detach()], 1))
 
         if isinstance(signal, Hidden):
             handle = block.register_forward_hook(after_block)
