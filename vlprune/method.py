@@ -111,7 +111,7 @@ class Method:
         return budgets.tokens(self.budget, total)
 
     def plan(self, layout: ImageLayout, shape: ModelShape) -> Plan:
-        """Counts of one image. By default the budget's tokens enter the LLM, or, without ``encode`` and ``select``, all of them."""
+        """Counts of one image. Unless overridden the budget's tokens enter the LLM; without ``encode`` and ``select``, all."""
         early = {"encode", "select"} & set(self.stages)
         return Plan(self.count(layout.total) if early else layout.total)
 

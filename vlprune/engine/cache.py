@@ -27,6 +27,7 @@ class PrunedCache:
     row_maps: list[RowMap | None]
     groups: list[int]
     ledger: Any
+    layers: list[Any]
 
     def physical_length(self, layer_idx: int = 0) -> int:
         """Entries that the layer really holds for a sample, filler included."""
@@ -145,14 +146,15 @@ def release(cache: Any) -> None:
 def keep_rows(store: Any, rows: Tensor) -> None:
     """Leaves a layer with the entries at ``rows (B, 1 or heads, n)``; filler holds the first entry."""
     index = rows.clamp(min=0).to(store.keys.device)[..., None].expand(-1, store.keys.shape[1], -1, -1)
-    keys, values = (t.gather(2, index.expand(-1, -1, -1, t.shape[3])) for t in (store.keys, store.values))
-    if not isinstance(store, cache_utils.StaticLayer):
-        store.keys, store.values = keys, values
-        return
     count = rows.shape[2]
-    for whole, kept in ((store.keys, keys), (store.values, values)):
-        whole[:, :, :count].copy_(kept)
-        whole[:, :, count:].zero_()
+    for name in ("keys", "values"):
+        whole = getattr(store, name)
+        kept = whole.gather(2, index.expand(-1, -1, -1, whole.shape[3]))
+        if isinstance(store, cache_utils.StaticLayer):
+            whole[:, :, :count].copy_(kept)
+            whole[:, :, count:].zero_()
+        else:
+            setattr(store, name, kept)
     if hasattr(store, "cumulative_length"):
         store.cumulative_length.fill_(count)
 

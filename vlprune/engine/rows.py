@@ -71,9 +71,9 @@ def put(tensor: Tensor, rows: Tensor, length: int) -> Tensor:
 class RowMap:
     """Logical position of every physical slot of a layer's cache.
 
-    Slot ``s`` below ``prefix.shape[2]`` holds logical position ``prefix[b, h, s]``, ascending, filler first; ``h`` is 0, or the
-    head of keys and values where each has entries of its own. Behind the prefix nothing was dropped, so slots and positions
-    go on together from ``base`` on.
+    Slot ``s`` below ``prefix.shape[2]`` holds logical position ``prefix[b, h, s]``, ascending, filler first; ``h`` is 0, or
+    the head of keys and values where each has entries of its own. Behind the prefix nothing was dropped, so slots and
+    positions go on together from ``base`` on.
     """
 
     def __init__(self, prefix: Tensor, base: int, filler: bool):

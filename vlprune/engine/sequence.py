@@ -69,10 +69,6 @@ class Sequence:
         slots = self._slots[self.version if version is None else version]
         return logical if slots is None else slots[sample, logical]
 
-    def size_at(self, version: int) -> int:
-        slots = self._slots[version]
-        return self.alive.shape[1] if slots is None else int(self._sizes[version])
-
     def text_rows(self, drafts: int) -> Tensor:
         """Physical rows ``(B, R)`` of text, right-aligned, without the last ``drafts`` of them; FILLER for shorter samples."""
         counts = [n - sum(i.count for i in images) for n, images in zip(self.lengths, self.images, strict=True)]
@@ -90,7 +86,7 @@ class Sequence:
         return index if self.rows is None else torch.where(self.rows < 0, FILLER, index)
 
     def drop(self, kept: list[tuple[Image, Tensor]]) -> Tensor:
-        """Each image is left with ``kept``, indices into its ``alive``. Returns which rows ``(B, m)`` of the present ones stay."""
+        """Each image is left with ``kept``, indices into its ``alive``. Returns which of the present rows stay, ``(B, m)``."""
         before = self._slots[self.version]
         for image, keep in kept:
             self.lengths[image.sample] -= image.count - keep.shape[0]

@@ -179,7 +179,11 @@ def evict(
         kept.append((entry, slots, _pick(slots, selection.keep)))
         before, entry.alive = entry.count, _pick(entry.alive, selection.keep)
         entry.image.steps.append(Step("evict", layer, before, entry.alive, clock.stop()))
-    return _rewrite(store, row_map or RowMap.identity(store.keys.shape[0], length, store.keys.device), length, kept) if kept else None
+    return (
+        _rewrite(store, row_map or RowMap.identity(store.keys.shape[0], length, store.keys.device), length, kept)
+        if kept
+        else None
+    )
 
 
 def _cache_tokens(

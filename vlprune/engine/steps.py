@@ -43,13 +43,17 @@ class Clock:
 
 @dataclass(eq=False)
 class Step:
-    """A stage at one layer. ``kept``: which of the image's placeholders had a token afterwards, ``(T,)`` or ``(kv_heads, T)``."""
+    """A stage at one layer. ``kept``: which of the image's placeholders had a token afterwards, ``(T,)`` or ``(kv_heads, T)``.
+
+    ``rows``: in the vision encoder, rows of a tile afterwards, [CLS] not counted.
+    """
 
     stage: str
     layer: int | None
     tokens_in: int
     kept: Tensor
     clock: Clock
+    rows: int | None = None
 
     @property
     def tokens_out(self) -> int:

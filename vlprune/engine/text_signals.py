@@ -44,7 +44,7 @@ class TextSignals:
         self.measured.clear()
 
     def of(self, signal: Signal, layer: int, sample: int, slots: Tensor) -> Tensor:
-        """The values of the entries at ``slots`` of the layer's cache: ``(N,)``, or ``(kv_heads, N)``, others for each head."""
+        """The values of the entries at ``slots (N,)`` of the layer's cache, or at others for each head, ``(kv_heads, N)``."""
         _, value = self.measured[layer, signal]
         value = value[sample]
         if not isinstance(signal, (QueryAttention, ReceivedAttention)):

@@ -27,10 +27,10 @@ class FastV(Method):
     ``layer``: LLM layer before which tokens leave, counted from 0, at least 1.
     ``keep``: tokens of an image (int), or fraction of them (float), from ``layer`` on; None to meet ``budget``.
 
-    As in the official code, the score is the attention of the last token (the paper's text speaks of attention received), and
-    kept tokens keep their positions. Deviations: each image of a prompt keeps its own share, each sample of a batch has its own
-    choice (the official code applies the first sample's to all), scores are float32, drafts of assisted decoding do not count as
-    the end of the prompt.
+    As in the official code, the score is the attention of the last token (the paper's text speaks of attention received),
+    and kept tokens keep their positions. Deviations: each image of a prompt keeps its own share, each sample of a batch has its
+    own choice (the official code applies the first sample's to all), scores are float32, drafts of assisted decoding do not
+    count as the end of the prompt.
     """
 
     paper: ClassVar[str] = "Chen et al., FastV, ECCV 2024, arXiv:2403.06764"
@@ -43,7 +43,9 @@ class FastV(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.layer, int) or self.layer < 1:
-            raise OptionError(f"layer={self.layer!r}: allowed is an LLM layer from 1 on; the layer before it tells what to keep")
+            raise OptionError(
+                f"layer={self.layer!r}: allowed is an LLM layer from 1 on; the layer before it tells what to keep"
+            )
         if self.keep is not None:
             budgets.check(self.keep)
 
@@ -51,10 +53,8 @@ class FastV(Method):
         total = layout.total
         if self.layer >= shape.text_layers:
             raise OptionError(f"layer={self.layer}: this model's LLM has layers 0 to {shape.text_layers - 1}")
-        if self.keep is not None:
-            after = budgets.tokens(self.keep, total)
-        else:
-            after = self._after(total, shape.text_layers)
+        kept = None if self.keep is None else budgets.tokens(self.keep, total)
+        after = self._after(total, shape.text_layers) if kept is None else kept
         return Plan(total, {self.layer: after} if after < total else {})
 
     def _after(self, total: int, layers: int) -> int:
