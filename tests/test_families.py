@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from vlprune.engine.features import put_together, taken_apart
 from vlprune.image import ImageLayout
 from vlprune.integrations.qwen_vl import QWEN3_VL
 
+ROOT = Path(__file__).parent.parent
 FILMED = [family for family, entry in zoo.FAMILIES.items() if entry.video]
 
 
@@ -250,3 +252,19 @@ def test_beams_of_images_beside_videos(family):
     pruned, expected = pruned_and_masked(model, inputs, run, method="random")
     assert torch.equal(pruned.sequences, expected.sequences)
     torch.testing.assert_close(pruned.sequences_scores, expected.sequences_scores, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_every_family_has_a_default_method(family):
+    with vlprune.applied(zoo.build(family)) as model:
+        entry = zoo.FAMILIES[family]
+        assert model._vlprune.method.name == ("hired" if entry.cls else "fastv" if family == "llava_onevision" else "flowcut")
+
+
+def test_families_name_the_versions_that_the_tests_run_with():
+    pins = [line for name in ("constraints-oldest.txt", "constraints.txt") for line in (ROOT / name).read_text().splitlines()]
+    versions = tuple(line.partition("==")[2] for line in pins if line.startswith("transformers=="))
+    assert {family.tested for family in vlprune.supported_models()} == {versions}
+    assert {family.config().model_type for family in zoo.FAMILIES.values()} == {
+        model_type for family in vlprune.supported_models() for model_type in family.model_types
+    }

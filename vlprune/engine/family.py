@@ -64,6 +64,7 @@ class Family:
     image at such a grid of tokens, None where the engine is to resize what enters the encoder and to have it interpolate its
     position embeddings. ``sliding``: layers of the LLM may have a sliding window. ``pointwise``: the projector takes each
     visual token by itself, so that it can run on those that the encoder has left; otherwise it gets the full grid.
+    ``tested``: versions of transformers that the family is tested with.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Family:
     resizable: bool = True
     sliding: bool = False
     pointwise: bool = True
+    tested: tuple[str, ...] = ()
 
     @property
     def seams(self) -> dict[int, Layouts]:

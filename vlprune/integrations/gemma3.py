@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vlprune.engine.family import Family, blocks, register
 from vlprune.image import ImageLayout
-from vlprune.integrations.layouts import tiles_in_a_row
+from vlprune.integrations.layouts import TESTED, tiles_in_a_row
 from vlprune.integrations.llava import patches_per_side
 
 
@@ -35,6 +35,7 @@ GEMMA3 = register(
         "Gemma 3",
         ("gemma3",),
         layouts,
+        tested=TESTED,
         groups=groups,
         vision_types=("siglip_vision_model",),
         cls_types=(),

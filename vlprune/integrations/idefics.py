@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vlprune.engine.family import Family, blocks, register
 from vlprune.image import ImageLayout
-from vlprune.integrations.layouts import tiles_in_a_row
+from vlprune.integrations.layouts import TESTED, tiles_in_a_row
 
 
 def layouts(model: nn.Module, arguments: dict[str, Any]) -> list[ImageLayout]:
@@ -38,6 +38,7 @@ def _family(name: str, model_type: str) -> Family:
             name,
             (model_type,),
             layouts,
+            tested=TESTED,
             groups=groups,
             text="model.text_model",
             text_layers="model.text_model.layers",

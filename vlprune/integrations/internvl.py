@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vlprune.engine.family import Family, blocks, register
 from vlprune.image import ImageLayout
-from vlprune.integrations.layouts import tiles_in_a_row
+from vlprune.integrations.layouts import TESTED, tiles_in_a_row
 
 
 def layouts(model: nn.Module, arguments: dict[str, Any]) -> list[ImageLayout]:
@@ -32,6 +32,7 @@ INTERNVL = register(
         "InternVL",
         ("internvl",),
         layouts,
+        tested=TESTED,
         groups=groups,
         vision_layers=("encoder.layer",),
         vision_attention="attention",

@@ -8,6 +8,9 @@ import torch
 
 from vlprune.image import ImageLayout
 
+TESTED = ("4.57.6", "5.23.0")
+"""The versions of transformers that the tests run with."""
+
 
 @lru_cache(maxsize=256)
 def tiles_in_a_row(tiles: int, grid: tuple[int, int], separators: int = 0) -> ImageLayout:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vlprune.engine.family import Family, blocks, register, single_patches
 from vlprune.image import ImageLayout, centres
-from vlprune.integrations.layouts import tiles_in_a_row
+from vlprune.integrations.layouts import TESTED, tiles_in_a_row
 
 
 def patches_per_side(model: nn.Module) -> int:
@@ -106,13 +106,14 @@ def _anyres(
     )
 
 
-LLAVA = register(Family("LLaVA", ("llava",), llava_layouts))
-LLAVA_NEXT = register(Family("LLaVA-NeXT", ("llava_next",), llava_next_layouts))
+LLAVA = register(Family("LLaVA", ("llava",), llava_layouts, tested=TESTED))
+LLAVA_NEXT = register(Family("LLaVA-NeXT", ("llava_next",), llava_next_layouts, tested=TESTED))
 LLAVA_NEXT_VIDEO = register(
     Family(
         "LLaVA-NeXT-Video",
         ("llava_next_video",),
         llava_next_layouts,
+        tested=TESTED,
         video_layouts=next_video_layouts,
         groups=next_video_groups,
         pointwise=False,

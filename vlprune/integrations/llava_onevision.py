@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vlprune.engine.family import Family, register, single_patches
 from vlprune.image import ImageLayout, centres
-from vlprune.integrations.layouts import tiles_in_a_row
+from vlprune.integrations.layouts import TESTED, tiles_in_a_row
 from vlprune.integrations.llava import _anyres, frames_of, patches_per_side, pinpoints
 
 
@@ -53,6 +53,7 @@ LLAVA_ONEVISION = register(
         "LLaVA-OneVision",
         ("llava_onevision",),
         layouts,
+        tested=TESTED,
         video_layouts=video_layouts,
         groups=groups,
         tail=newline,

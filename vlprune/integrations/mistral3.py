@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vlprune.engine.family import Family, blocks, register
 from vlprune.image import ImageLayout
-from vlprune.integrations.layouts import tiles_in_a_row
+from vlprune.integrations.layouts import TESTED, tiles_in_a_row
 
 
 def layouts(model: nn.Module, arguments: dict[str, Any]) -> list[ImageLayout]:
@@ -55,6 +55,7 @@ MISTRAL3 = register(
         "Mistral 3",
         ("mistral3",),
         layouts,
+        tested=TESTED,
         groups=groups,
         packed=True,
         smaller=smaller,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vlprune.engine.family import Family, register
 from vlprune.image import ImageLayout
-from vlprune.integrations.layouts import tiles_in_a_row
+from vlprune.integrations.layouts import TESTED, tiles_in_a_row
 
 
 def layouts(model: nn.Module, arguments: dict[str, Any]) -> list[ImageLayout]:
@@ -90,6 +90,7 @@ def _family(name: str, model_type: str, vision_types: tuple[str, ...], order: An
             name,
             (model_type,),
             layouts,
+            tested=TESTED,
             video_layouts=layouts,
             groups=groups,
             packed=True,
