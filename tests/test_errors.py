@@ -120,9 +120,14 @@ def test_a_smaller_image_for_an_encoder_that_cannot_see_one():
 
 def test_a_method_that_needs_cls_on_an_encoder_without_one():
     """Names the encoder, and the methods that do without."""
+
+    class Cls(vlprune.Method):
+        name = "cls"
+        needs = (vlprune.ClsAttention(layer=-2),)
+
     model = zoo.build("llava_siglip")
-    needed = ("hired needs the attention of [CLS]", "siglip_vision_model", "random", "uniform")
-    refuses(model, vlprune.UnsupportedMethodError, *needed, method="hired")
+    needed = ("cls needs the attention of [CLS]", "siglip_vision_model", "hired", "random", "uniform")
+    refuses(model, vlprune.UnsupportedMethodError, *needed, method=Cls(budget=3))
 
 
 def test_a_layer_that_the_encoder_does_not_have(model):

@@ -8,14 +8,14 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from vlprune.engine.family import Family, Parts, families, family_of
-from vlprune.engine.patch import Patch, check, forget_compiled, patch_of, uninstall
-from vlprune.errors import NotAppliedError, UnsupportedMethodError
+from vlprune.engine.family import Family, families, family_of
+from vlprune.engine.patch import Patch, forget_compiled, patch_of, uninstall
+from vlprune.errors import NotAppliedError
 from vlprune.method import Method, make
 from vlprune.report import Report
 
-DEFAULTS: tuple[tuple[str, float], ...] = (("hired", 0.4), ("flowcut", 0.4), ("fastv", 0.5))
-"""What ``apply(model)`` does: the first of these methods, at its budget, that the model is supported for."""
+DEFAULT_METHOD, DEFAULT_BUDGET = "hired", 0.4
+"""What ``apply(model)`` does."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -26,18 +26,16 @@ def apply(model: Model, method: str | Method | type[Method] | None = None, **opt
     Args:
         model: a vision-language model of transformers, see :func:`supported_models`; PEFT and compiled wrappers are
             looked through. A model that is pruned already gets the new method instead.
-        method: a method's name, see :func:`vlprune.methods`, its class, or an object of it. Default: HiRED at 0.4, and where
-            the vision encoder has no [CLS], the next of :data:`DEFAULTS`.
+        method: a method's name, see :func:`vlprune.methods`, its class, or an object of it. Default: the measured one.
         **options: the method's knobs; ``budget`` is the one that all have.
 
     Raises:
         UnsupportedModelError, UnsupportedMethodError, OptionError, BudgetError: the model is then as it was before.
     """
+    if method is None:
+        method, options = DEFAULT_METHOD, {"budget": DEFAULT_BUDGET, **options}
     inner = _unwrapped(model)
     family = _family(inner)
-    if method is None:
-        method, budget = _default(family.parts(inner))
-        options = {"budget": budget, **options}
     Patch(inner, family, make(method, **options)).install()
     forget_compiled(model)
     return model
@@ -94,16 +92,6 @@ def supported_models() -> list[Family]:
 def _family(model: Any) -> Family:
     supported_models()
     return family_of(model)
-
-
-def _default(parts: Parts) -> tuple[str, float]:
-    for name, budget in DEFAULTS[:-1]:
-        try:
-            check(make(name), parts)
-        except UnsupportedMethodError:
-            continue
-        return name, budget
-    return DEFAULTS[-1]
 
 
 def _unwrapped(model: Any) -> Any:

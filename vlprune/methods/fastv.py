@@ -28,9 +28,9 @@ class FastV(Method):
     ``keep``: tokens of an image (int), or fraction of them (float), from ``layer`` on; None to meet ``budget``.
 
     As in the official code, the score is the attention of the last token (the paper's text speaks of attention received),
-    and kept tokens keep their positions. Deviations: each image of a prompt keeps its own share, each sample of a batch has its
-    own choice (the official code applies the first sample's to all), scores are float32, drafts of assisted decoding do not
-    count as the end of the prompt.
+    and kept tokens keep their positions. Deviations: each image of a prompt keeps its own share, each sample of a batch has
+    its own choice (the official code applies the first sample's to all), scores are float32, drafts of assisted decoding do
+    not count as the end of the prompt.
     """
 
     paper: ClassVar[str] = "Chen et al., FastV, ECCV 2024, arXiv:2403.06764"

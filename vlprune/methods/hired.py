@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from vlprune.errors import OptionError
-from vlprune.image import ImageLayout, ImageTokens, top
+from vlprune.image import ImageLayout, ImageTokens, ModelShape, top
 from vlprune.method import Method, Selection, register
 from vlprune.methods.grids import with_separators
-from vlprune.signals import ClsAttention
+from vlprune.signals import ClsAttention, MeanAttention, Signal
 
 EARLY, LATE = ClsAttention(layer=0), ClsAttention(layer=-2)
 
@@ -35,11 +35,11 @@ class HiRED(Method):
 
     Deviations from the official code: the budget is met exactly (it loses what rounding leaves over and what lies in the
     padding), kept tokens keep their positions, images of one tile are pruned under LLaVA-NeXT too, each sample of a batch
-    has its own choice, scores are float32. Row ends are dropped, as there, unless the budget exceeds the patches.
+    has its own choice, scores are float32. Encoders without [CLS]: the attention of a tile's mean query, in the first block
+    and in the one whose output goes to the projector. Row ends are dropped, as there, unless the budget exceeds the patches.
     """
 
     paper: ClassVar[str] = "Arif et al., HiRED, AAAI 2025, arXiv:2408.10945"
-    needs = (EARLY, LATE)
 
     budget: int | float = 0.2
     alpha: float = 0.5
@@ -52,28 +52,32 @@ class HiRED(Method):
         if self.allocation not in ("counts", "sums"):
             raise OptionError(f"allocation={self.allocation!r}: allowed are 'counts' and 'sums'")
 
+    def wants(self, shape: ModelShape) -> tuple[Signal, ...]:
+        return (EARLY, LATE) if shape.has_cls else (MeanAttention(0), MeanAttention(shape.feature_layer))
+
     def select(self, image: ImageTokens) -> Selection:
         layout = image.layout
         places = image.host(layout.placeholder)
-        ranks = _ranks(image[LATE].sum(1).masked_fill(places < 0, -torch.inf))
+        early, late = _attention(image)
+        ranks = _ranks(late.sum(1).masked_fill(places < 0, -torch.inf))
         count = min(image.count, sum(layout.available))
         # The seat of rank r in a tile of quota q is worth q - (r + 1): the best seats are each tile's whole part, then the
         # largest remainders. Only crops compete for those, and no seat lies in the padding.
-        quotas = self._quotas(image, count)
+        quotas = self._quotas(early, image, count)
         worth = quotas[:, None] - (ranks + 1)
         if layout.thumbnail:
             worth[0].masked_fill_(ranks[0] >= quotas[0], -1e9)
         keep = places.flatten()[top(worth.masked_fill(places < 0, -torch.inf).flatten(), count)]
         return Selection(with_separators(keep, image))
 
-    def _quotas(self, image: ImageTokens, count: int) -> Tensor:
+    def _quotas(self, early: Tensor, image: ImageTokens, count: int) -> Tensor:
         """Each tile's part ``(tiles,)`` of ``count``, before rounding."""
         layout = image.layout
         if layout.tiles == 1 or not layout.thumbnail:
             return torch.full((layout.tiles,), count / layout.tiles, device=image.device)
         thumbnail = min(int(count * self.alpha), layout.available[0])
         thumbnail = max(thumbnail, count - sum(layout.available[1:]))
-        shares = self._shares(image[EARLY][0].sum(0), layout)
+        shares = self._shares(early[0].sum(0), layout)
         return torch.cat([shares.new_tensor([thumbnail]), shares * (count - thumbnail)])
 
     def _shares(self, attention: Tensor, layout: ImageLayout) -> Tensor:
@@ -92,6 +96,14 @@ class HiRED(Method):
         sums = torch.zeros(crops, device=attention.device).index_add(0, crop, weights)
         total = sums.sum()
         return torch.where(total > 0, sums / total.clamp(min=1e-30), 1.0 / crops)
+
+
+def _attention(image: ImageTokens) -> tuple[Tensor, Tensor]:
+    """Attention of the early and of the late layer: ``(tiles, heads, patches)``."""
+    if LATE in image.signals:
+        return image[EARLY], image[LATE]
+    layers = {signal.layer or 0: values for signal, values in image.signals.items() if isinstance(signal, MeanAttention)}
+    return layers[0], layers[max(layers)]
 
 
 def _ranks(scores: Tensor) -> Tensor:
