@@ -154,8 +154,8 @@ def _masked(scores: Tensor, call: Call, index: Tensor) -> Tensor:
     mask, keys = call.mask, scores.shape[-1]
     seen = None
     if mask is None or (torch.is_tensor(mask) and mask.ndim == 2):
-        if call.causal:
-            # Without a mask SDPA counts from the first key, flash attention from the last.
+        if call.causal and call.query.shape[2] > 1:
+            # Without a mask SDPA counts from the first key, flash attention from the last. A single query sees all.
             shift = keys - call.query.shape[2] if call.flash else 0
             seen = torch.arange(keys, device=scores.device) <= (index + shift)[:, :, None]
         if mask is not None:

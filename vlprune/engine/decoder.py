@@ -409,7 +409,7 @@ def placed(chosen: dict[int, list[Chosen]], visual: Tensor) -> list[list[Image]]
                 total = choice.layout.total
                 run = places[sample, start : start + total]
                 alive = torch.arange(total, device=visual.device) if choice.keep is None else choice.keep.to(visual.device)
-                images[sample].append(Image(choice, sample, run, alive))
+                images[sample].append(Image(choice, sample, run, alive, notes=dict(choice.notes)))
                 start += total
     return images
 

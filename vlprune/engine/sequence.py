@@ -17,7 +17,8 @@ class Image:
     """One image or video in one sequence.
 
     ``places (total,)``: logical positions of its placeholders in this pass. ``alive (N,)``: ascending indices of those
-    placeholders whose tokens are still there. ``steps``: what the LLM's stages did to it.
+    placeholders whose tokens are still there. ``steps``: what the LLM's stages did to it. ``notes``: those of ``chosen``,
+    which other sequences may share, and what the LLM's stages add.
     """
 
     chosen: Chosen
@@ -25,6 +26,7 @@ class Image:
     places: Tensor
     alive: Tensor
     steps: list[Step] = field(default_factory=list)
+    notes: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def count(self) -> int:

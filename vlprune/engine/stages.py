@@ -107,7 +107,7 @@ def _layer_tokens(
         shape=parts.shape,
         signals=values,
         row_signals=rows,
-        notes=image.chosen.notes,
+        notes=image.notes,
     )
 
 
@@ -202,7 +202,7 @@ def _cache_tokens(
     values = {
         signal: signals.of(signal, layer, entry.sample, slots)
         for signal in (method.wants(parts.shape) if signals is not None else ())
-        if signals is not None and (layer, signal) in signals.measured
+        if signals is not None and signals.holds(signal, layer)
     }
     return CacheTokens(
         layer=layer,
@@ -214,7 +214,7 @@ def _cache_tokens(
         layout=entry.image.chosen.layout,
         shape=parts.shape,
         signals=values,
-        notes=entry.image.chosen.notes,
+        notes=entry.image.notes,
     )
 
 

@@ -48,11 +48,20 @@ class TextSignals:
         _, value = self.measured[layer, signal]
         value = value[sample]
         if not isinstance(signal, (QueryAttention, ReceivedAttention)):
-            return value.index_select(-2, slots - self.held.get(layer, 0))
+            # What this pass has added is at the same slots in all heads.
+            own = slots if slots.ndim == 1 else slots[0]
+            return value.index_select(-2, own - self.held.get(layer, 0))
         if slots.ndim == 1:
             return value.index_select(-1, slots)
-        index = slots.repeat_interleave(value.shape[0] // slots.shape[0], 0)
+        heads = max(value.shape[0], slots.shape[0])
+        value = value.expand(heads, *value.shape[1:])
+        index = slots.repeat_interleave(heads // slots.shape[0], 0)
         return value.gather(-1, index.view(index.shape[0], *[1] * (value.ndim - 2), -1).expand(*value.shape[:-1], -1))
+
+    def holds(self, signal: Signal, layer: int) -> bool:
+        """Whether the signal was measured of the image's entries; rows of generated tokens hold none of theirs."""
+        of_entries = self.sequence is not None or isinstance(signal, (QueryAttention, ReceivedAttention))
+        return of_entries and (layer, signal) in self.measured
 
     def slots(self, signal: Signal, layer: int, image: Image) -> Tensor:
         """Where the image's tokens were in the layer's cache when the signal was measured."""
