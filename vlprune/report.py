@@ -6,11 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+
+from vlprune import flops
 
 if TYPE_CHECKING:
-    from vlprune.engine.encoder import Chosen
-    from vlprune.engine.family import Parts
     from vlprune.engine.patch import Patch
     from vlprune.engine.sequence import Image
     from vlprune.engine.steps import Step
@@ -50,8 +49,10 @@ class Report:
     """The last forward with images, images in the order of the prompts.
 
     ``entering``, ``leaving``, ``layer_mean``: visual tokens of all images that enter the LLM, that leave its last stage,
-    and their mean over its layers. ``flops``: multiplications and additions of vision encoder, projector and LLM layers in
-    that forward. ``kv_bytes``: bytes of KV cache that hold a token after it; a static cache takes its full size all the same.
+    and their mean over its layers. ``cached``: mean over layers of their entries in the KV cache after that forward.
+    ``flops``: multiplications and additions of vision encoder, projector and LLM layers in it, see :mod:`vlprune.flops`;
+    what a method itself computes is not among them. ``kv_bytes``: bytes of KV cache that hold a token after it; a static
+    cache takes its full size all the same.
     """
 
     method: dict[str, Any]
@@ -59,6 +60,7 @@ class Report:
     entering: int
     leaving: int
     layer_mean: float
+    cached: float
     flops: int
     flops_unpruned: int
     kv_bytes: int
@@ -85,7 +87,10 @@ class Report:
                 cells = f"{stage.tokens_in:>10} {stage.tokens_out:>6} {stage.seconds * 1000:>8.2f}"
                 name = stage.name if stage.layer is None else f"{stage.name} {stage.layer}"
                 lines.append(f"{index:>6} {name:>10} {cells}")
-        lines.append(f"visual tokens into the LLM: {self.entering} of {self.total}, mean over its layers {self.layer_mean:g}")
+        lines.append(
+            f"visual tokens into the LLM: {self.entering} of {self.total}, mean over its layers {self.layer_mean:g}, "
+            f"in the cache {self.cached:g}"
+        )
         for name, now, before in (
             ("GFLOPs", self.flops / 1e9, self.flops_unpruned / 1e9),
             ("KV MiB", self.kv_bytes / 2**20, self.kv_bytes_unpruned / 2**20),
@@ -104,21 +109,17 @@ class Report:
         counts = [_layer_counts(image, layers) for image in prefill.images]
         token = _kv_bytes_per_token(parts.text) * prefill.batch / layers
         choices = [image.chosen for image in prefill.images]
-
-        def llm(new: list[int], past: list[int]) -> int:
-            width = _width(parts.text.config)
-            flops = [_layer_flops([b], n, p + n, width) for b, n, p in zip(parts.text_layers, new, past, strict=True)]
-            return prefill.batch * sum(flops)
-
+        unpruned = prefill.batch * flops.text(parts, [prefill.logical] * layers, [prefill.past] * layers)
         return cls(
             method=patch.method.to_dict(),
             images=[_image(image) for image in prefill.images],
             entering=sum(choice.kept for choice in choices),
             leaving=sum(image[-1] for image in counts),
             layer_mean=sum(map(sum, counts)) / layers,
-            flops=llm(physical, held) + sum(_encoder_flops(parts, choice) for choice in choices),
-            flops_unpruned=llm([prefill.logical] * layers, [prefill.past] * layers)
-            + sum(c.layout.tiles * _tile_flops(parts, c.layout.grid) for c in choices),
+            cached=sum(map(_cached, prefill.images, counts)) / layers,
+            flops=prefill.batch * flops.text(parts, physical, held)
+            + sum(flops.vision(parts, c.layout, c.grid, c.steps) for c in choices),
+            flops_unpruned=unpruned + sum(flops.vision(parts, c.layout, c.layout.grid) for c in choices),
             kv_bytes=round(token * sum(cached)),
             kv_bytes_unpruned=round(token * layers * (prefill.past + prefill.logical)),
         )
@@ -144,38 +145,16 @@ def _layer_counts(image: Image, layers: int) -> list[int]:
     return counts
 
 
-def _encoder_flops(parts: Parts, choice: Chosen) -> int:
-    return choice.layout.tiles * _tile_flops(parts, choice.grid)
-
-
-def _tile_flops(parts: Parts, grid: tuple[int, int]) -> int:
-    """What vision encoder and projector need for one tile of ``grid`` patches."""
-    patches = grid[0] * grid[1]
-    tokens = patches + parts.prefix
-    embedding = sum(p.numel() for p in parts.vision.parameters() if p.ndim == 4)
-    projector = sum(p.numel() for p in parts.projector.parameters() if p.ndim == 2)
-    blocks = _layer_flops(parts.vision_layers, tokens, tokens, parts.vision.config.hidden_size)
-    return blocks + 2 * patches * (embedding + projector)
-
-
-def _layer_flops(layers: list[nn.Module], new: int, keys: int, width: int) -> int:
-    """Floating point operations of ``layers`` for ``new`` tokens that attend to ``keys`` tokens.
-
-    Two for each weight of a matrix and token, and four for each pair of query and key and channel; a causal mask is not
-    taken off, as torch's own counter does it.
-    """
-    weights = sum(p.numel() for layer in layers for p in layer.parameters() if p.ndim == 2)
-    return new * (2 * weights + 4 * len(layers) * keys * width)
-
-
-def _width(config: Any) -> int:
-    """Channels of all query heads."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return head * config.num_attention_heads
+def _cached(image: Image, counts: list[int]) -> int:
+    """Entries of the image in the cache after the prompt, added up over layers; ``counts`` went through each of them."""
+    left: dict[int | None, int] = {}
+    for step in image.steps:
+        if step.stage == "evict":
+            # While it generates, a method may evict again.
+            left.setdefault(step.layer, step.tokens_out)
+    return sum(left.get(layer, count) for layer, count in enumerate(counts))
 
 
 def _kv_bytes_per_token(text: Any) -> int:
-    config = text.config
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = torch.finfo(text.dtype).bits // 8
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head * size
+    config, size = text.config, torch.finfo(text.dtype).bits // 8
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * flops.head_width(config) * size
