@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 import vlprune
 from vlprune import cli
-from vlprune.evals import commands, runner
+from vlprune.evals import commands, runner, settings
 from vlprune.evals.tinyvlm import build
 
 WIDE = {"COLUMNS": "120", "TERM": "dumb"}
@@ -64,6 +64,8 @@ def test_help_names_the_commands():
         (["--budgets", "nan"], "nan"),
         (["--budgets", "0"], "0"),
         (["--methods", ","], "--methods"),
+        (["--methods", "fastv[layr=1]"], "layer"),
+        (["--methods", "fastv:much"], "'much'"),
         (["--model", "./no-such-model"], "no-such-model"),
     ],
 )
@@ -81,11 +83,43 @@ def test_eval_from_plan_to_picture(folder: str, tmp_path: Path):
     assert result.exit_code == 0, result.output
     assert "2 settings x 12 samples" in result.output
     assert "24/24 samples" in result.output
-    for heading in ("tokens", "mean", "agree", "prefill", "GFLOP"):
+    for heading in ("enter", "layers", "cache", "mean", "agree", "prefill", "GFLOP"):
         assert heading in result.output
     for name in ("rows.jsonl", "summary.json", "table.md", "accuracy.png"):
         assert (tmp_path / name).exists()
         assert name in result.output
+
+
+def test_a_method_with_options_and_budgets_of_its_own(folder: str, tmp_path: Path):
+    result = invoke(*few(folder, tmp_path), "--methods", "none,fastv[layer=1]:0.5,uniform")
+    assert result.exit_code == 0, result.output
+    assert "fastv[layer=1]  0.5" in result.output
+    assert {(row["method"], row["budget"]) for row in runner.read_rows(tmp_path)} == {
+        ("none", 1.0),
+        ("fastv[layer=1]", 0.5),
+        ("uniform", 0.1),
+    }
+
+
+def test_what_a_model_cannot_have_is_told_before_anything_is_measured(folder: str, tmp_path: Path):
+    result = invoke(*few(folder, tmp_path / "out"), "--methods", "none,fastv:0.2")
+    assert result.exit_code == 2
+    assert "fastv 0.2: budget=0.2 allows 67" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_defaults_that_a_model_cannot_have_are_left_out_and_told(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(settings, "METHODS", "none,fastv,uniform")
+    arguments = [a for a in few(folder, tmp_path) if a not in ("--methods", "none,uniform")]
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    assert "Left out: fastv 0.1: budget=0.1 allows 33" in " ".join(result.output.split())
+    assert {row["method"] for row in runner.read_rows(tmp_path)} == {"none", "uniform"}
+
+
+def test_each_model_has_a_folder():
+    folders = [commands._folder(model) for model in ("tinyvlm", "tinyvlm-qwen", "llava-hf/llava-1.5-7b-hf", "./a model/")]
+    assert [str(f) for f in folders] == [f"results/eval{end}" for end in ("", "-tinyvlm-qwen", "-llava-1.5-7b-hf", "-a-model")]
 
 
 def test_other_samples_need_another_folder_or_a_restart(folder: str, tmp_path: Path):
@@ -150,7 +184,7 @@ def test_remaining_time_is_printed_where_no_terminal_is(capsys: pytest.CaptureFi
     monkeypatch.setattr(commands.time, "monotonic", lambda: next(clock))
     progress = commands.PlainProgress(commands.Console(width=120, highlight=False))
     for done in (110, 130, 200):
-        progress(runner.Progress(runner.Setting("hired", 0.2), done, 200, resumed=100))
+        progress(runner.Progress(settings.Setting("hired", 0.2), done, 200, resumed=100))
     assert capsys.readouterr().out.splitlines() == [
         "130/200 samples, hired 0.2, about 1:10 left",
         "200/200 samples, hired 0.2, about 0:00 left",

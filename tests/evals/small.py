@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from vlprune.evals import runner, synthvqa
-from vlprune.evals.runner import Progress, Row, Setting
+from vlprune.evals.runner import Progress, Row
+from vlprune.evals.settings import Setting
 from vlprune.evals.tinyvlm import build
 
 SETTINGS = [Setting("none"), Setting("uniform", 0.1), Setting("hired", 24)]

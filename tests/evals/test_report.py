@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.console import Console
 from vlprune.evals import plot, report
 from vlprune.evals.metrics import METRIC_OF_KIND
 from vlprune.evals.runner import Row
+from vlprune.evals.settings import BUDGETS, METHODS, parse
 
 MANIFEST = {
     "model": {"name": "TinyVLM", "sha256": "a" * 64, "dtype": "float32"},
@@ -33,6 +35,8 @@ def row(method: str, budget: float, number: int, **changes: Any) -> Row:
     answer = {"presence": "yes" if number % 12 == 3 else "no"}.get(kind, "K7P")
     measured = {
         "tokens": 336 * budget,
+        "layer_tokens": 336 * (1 + budget) / 2,
+        "cached_tokens": 300 * budget,
         "visual_tokens": 336,
         "batch_size": 8,
         "flops": 2e9 * budget,
@@ -61,7 +65,7 @@ def test_summary(rows: list[Row]):
     none, half, quarter = report.summarise(rows)
     assert (none["method"], none["budget"], none["samples"], none["errors"]) == ("none", 1.0, 24, 0)
     assert none["mean"] == {"value": 1.0, "low": pytest.approx(5 / 6), "high": 1.0}
-    assert (half["tokens"], half["visual_tokens"]) == (168, 336)
+    assert (half["tokens"], half["layer_tokens"], half["cached_tokens"], half["visual_tokens"]) == (168, 252, 150, 336)
     assert (none["prefill_ms"], half["prefill_ms"]) == (pytest.approx(100), pytest.approx(50))
     assert (none["speedup"], quarter["speedup"]) == (1.0, pytest.approx(4.0))
     assert (none["selection_ms"], half["selection_ms"]) == (None, pytest.approx(1.0))
@@ -128,8 +132,25 @@ def test_table_is_whole_at_any_width(rows: list[Row], width: int):
     printed = text.getvalue()
     assert "…" not in printed
     assert max(len(line.rstrip()) for line in printed.splitlines()) <= width
-    for word in ("hired", "0.25", "pres.", "100.0", "agree", "prefill", "KiB", "±"):
+    for word in ("hired", "0.25", "enter", "layers", "cache", "pres.", "100.0", "agree", "prefill", "KiB", "±"):
         assert word in printed
+
+
+def test_default_methods_fit_into_120_columns():
+    """With the largest numbers that there may be."""
+    settings = parse(METHODS, BUDGETS)
+    large = {"prefill_seconds": 1.0, "decode_seconds_per_token": 0.1, "cache_bytes": 2162 * 1024, "flops": 2.1e9}
+    text = io.StringIO()
+    rows = [row(setting.method, setting.budget, n, **large) for setting in settings for n in range(24)]
+    report.print_table(report.summarise(rows), Console(file=text, width=120))
+    assert sum(line.startswith("mustdrop") for line in text.getvalue().splitlines()) == 3
+    assert "…" not in text.getvalue()
+
+
+def test_options_are_no_markup(rows: list[Row]):
+    text = io.StringIO()
+    report.print_table(report.summarise([r | {"method": "fastv[layer=1]"} for r in rows[24:]]), Console(file=text, width=140))
+    assert "fastv[layer=1]" in text.getvalue()
 
 
 def test_files(rows: list[Row], tmp_path: Path):
@@ -149,6 +170,14 @@ def test_picture(rows: list[Row], tmp_path: Path):
         assert image.format == "PNG"
         assert image.width > 1000
         assert len(image.convert("RGB").getcolors(1 << 24) or ()) > 20
+
+
+def test_a_method_that_only_evicts_is_drawn_by_its_cache(rows: list[Row]):
+    evicting = [r | {"method": "snapkv", "layer_tokens": 336} for r in rows[24:]]
+    figure = plot.figure(report.summarise(rows + evicting))
+    lines: dict[Any, Any] = {line.get_label(): list(np.asarray(line.get_xdata())) for line in figure.axes[0].lines}
+    assert lines["hired"] == [210, 252]
+    assert lines["snapkv (tokens in the cache)"] == [75, 150]
 
 
 @pytest.mark.parametrize("kept", [slice(0, 24), slice(24, None), slice(0, 2)])

@@ -17,7 +17,8 @@ import torch
 
 import vlprune
 from vlprune.evals import runner
-from vlprune.evals.runner import MANIFEST, ROWS, UNPRUNED, Progress, Row, RunMismatchError, Setting, settings_of
+from vlprune.evals.runner import MANIFEST, ROWS, Progress, Row, RunMismatchError
+from vlprune.evals.settings import UNPRUNED, Setting
 
 from . import small
 
@@ -71,7 +72,7 @@ def test_costs_are_those_of_a_sample(whole: Path):
 
 def test_prompts_are_padded_on_the_left():
     model, processor = small.parts()
-    inputs = runner._Runner(model, processor, 1, "")._inputs([small.EXAMPLES[0], small.EXAMPLES[4]])
+    inputs = runner.make_inputs(model, processor, [small.EXAMPLES[0], small.EXAMPLES[4]], "")
     assert sorted(inputs["attention_mask"][:, 0].tolist()) == [0, 1]
     assert inputs["attention_mask"][:, -1].tolist() == [1, 1]
 
@@ -84,12 +85,6 @@ def test_nothing_is_left_on_the_model(tmp_path: Path):
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
     with pytest.raises(vlprune.NotAppliedError):
         vlprune.report(model)
-
-
-def test_settings_run_unpruned_first_and_once():
-    settings = settings_of(["hired", "none", "hired"], [1.0, 0.2, 1])
-    assert [setting.label for setting in settings] == ["none", "hired 1.0", "hired 0.2", "hired 1"]
-    assert settings_of(["hired"], [0.2]) == [Setting("hired", 0.2)]
 
 
 def test_settings_take_turns_on_each_batch(whole: Path):
@@ -183,9 +178,16 @@ def test_restart_forgets(copy: Path):
 # ------------------------------------------------------------------ runs that do not belong together
 
 
-def other_weights(model: Any) -> dict[str, Any]:
+def other_weights(model: Any, _: Path) -> dict[str, Any]:
     with torch.no_grad():
         next(model.parameters()).view(-1)[0] += 1
+    return {}
+
+
+def other_format(_: Any, out: Path) -> dict[str, Any]:
+    """Rows of an older version."""
+    manifest = json.loads((out / MANIFEST).read_text())
+    (out / MANIFEST).write_text(json.dumps(manifest | {"format": 1}))
     return {}
 
 
@@ -193,16 +195,17 @@ def other_weights(model: Any) -> dict[str, Any]:
     ("change", "names"),
     [
         (other_weights, "model sha256"),
-        (lambda _: {"batch_size": 5}, "generation batch_size there 4, now 5"),
-        (lambda _: {"instruction": "Be short."}, "generation instruction"),
-        (lambda _: {"data": "SynthVQA 9"}, "data name"),
+        (lambda *_: {"batch_size": 5}, "generation batch_size there 4, now 5"),
+        (lambda *_: {"instruction": "Be short."}, "generation instruction"),
+        (lambda *_: {"data": "SynthVQA 9"}, "data name"),
+        (other_format, "format there 1, now"),
     ],
 )
-def test_rows_of_another_run(copy: Path, change: Callable[[Any], dict[str, Any]], names: str):
+def test_rows_of_another_run(copy: Path, change: Callable[[Any, Path], dict[str, Any]], names: str):
     before = lines(copy)
     model, processor = small.parts()
     with pytest.raises(RunMismatchError, match=names) as caught:
-        small.run(copy, model=model, processor=processor, **change(model))
+        small.run(copy, model=model, processor=processor, **change(model, copy))
     assert "--out" in str(caught.value)
     assert "--restart" in str(caught.value)
     assert lines(copy) == before
@@ -223,16 +226,42 @@ def test_unreadable_manifest(copy: Path):
 
 def test_manifest_names_everything(whole: Path):
     manifest = json.loads((whole / MANIFEST).read_text())
-    assert set(manifest) == {"model", "data", "generation", "versions", "hardware", "settings", "date", "commit", "command"}
+    assert set(manifest) == {
+        "format",
+        "model",
+        "data",
+        "generation",
+        "versions",
+        "hardware",
+        "settings",
+        "date",
+        "commit",
+        "command",
+    }
     assert set(manifest["versions"]) == {"vlprune", "torch", "transformers"}
     assert manifest["hardware"]["device"]
 
 
-@pytest.mark.parametrize("setting", [Setting("hierd", 0.2), Setting("hired", 1.5), Setting("hired", 0)])
+@pytest.mark.parametrize("setting", [Setting("hierd", 0.2), Setting("hired", 1.5), Setting("hired", 0), Setting("fastv", 0.2)])
 def test_impossible_setting_is_told_before_anything_is_measured(tmp_path: Path, setting: Setting):
-    with pytest.raises(vlprune.VLPruneError):
+    with pytest.raises(vlprune.VLPruneError, match=rf"^{setting.label}: "):
         small.run(tmp_path / "out", settings=[Setting(UNPRUNED), setting])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_that_a_method_cannot_reach_names_those_it_can(tmp_path: Path):
+    """FastV lets all 336 tokens through two of five layers."""
+    with pytest.raises(vlprune.BudgetError, match=r"fastv 0\.3: .* a fraction of 0\.402 to 1"):
+        small.run(tmp_path, settings=[Setting("fastv", 0.3)])
+
+
+def test_tokens_of_each_stage(tmp_path: Path):
+    """FastV keeps 336 tokens in one layer of five, and 126 in four; SnapKV all of them, and 33 in the cache."""
+    settings = [Setting("fastv[layer=1]", 0.5), Setting("snapkv[window=8]", 0.1)]
+    rows = small.run(tmp_path, settings=settings)
+    assert not any(row["error"] for row in rows)
+    tokens = {row["method"]: tuple(row[k] for k in ("tokens", "layer_tokens", "cached_tokens")) for row in rows}
+    assert tokens == {"fastv[layer=1]": (336, 168, 168), "snapkv[window=8]": (336, 336, 33)}
 
 
 # ------------------------------------------------------------------ samples that fail

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import shlex
 import sys
 import time
@@ -18,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vlprune.errors import VLPruneError
+from vlprune.evals import settings as written
 from vlprune.evals import tinyvlm
 
 app = typer.Typer(
@@ -26,8 +28,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-METHODS = "hired,random,uniform,pool,resize,none"
-BUDGETS = "1.0,0.4,0.2,0.1"
 TINYVLM = "tinyvlm"
 PLAIN_INTERVAL = 20.0
 """Seconds between two lines of progress where no terminal shows a bar."""
@@ -65,11 +65,23 @@ def clear_errors(command: Callable[P, None]) -> Callable[P, None]:
 @app.command("eval")
 @clear_errors
 def evaluate(
-    methods: Annotated[str, typer.Option(help="Methods, with commas between; 'none' is the unpruned model.")] = METHODS,
-    budgets: Annotated[str, typer.Option(help="Fractions (0.2) or counts (64) of visual tokens an image keeps.")] = BUDGETS,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Methods, with commas between; 'none' is the unpruned model. Options stand in brackets, budgets of a "
+            "method's own behind colons: 'none,hired,fastv[layer=1]:0.8:0.6'.",
+            show_default=written.METHODS,
+        ),
+    ] = None,
+    budgets: Annotated[
+        str, typer.Option(help="Fractions (0.2) or counts (64) of an image's visual tokens, for methods that name none.")
+    ] = written.BUDGETS,
     samples: Annotated[int, typer.Option(min=1, help="Questions of the SynthVQA test split.")] = 600,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    out: Annotated[Path, typer.Option(help="Folder for rows, summary, table and picture.")] = Path("results/eval"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for rows, summary, table and picture; by default one for each model in results/."),
+    ] = None,
     model: Annotated[str, typer.Option(help="'tinyvlm', 'tinyvlm-qwen', or a model's hub id or folder.")] = TINYVLM,
     restart: Annotated[bool, typer.Option("--restart", help="Forget what an earlier run left in the folder.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice by default.")] = None,
@@ -80,12 +92,17 @@ def evaluate(
     Interrupted, it goes on where it was when it is started again.
     """
     console = Console(highlight=False)
+    out = out or _folder(model)
     settings = _settings(methods, budgets)
     console.print(f"Loading {model} and drawing {samples} questions.")
     loaded, processor, instruction = _load(model, device, threads)
     from vlprune.evals import runner, synthvqa
 
     examples = list(synthvqa.examples("test", samples))
+    if methods is None:
+        refused = runner.refusals(loaded, processor, examples, settings)
+        _print_refusals(console, refused)
+        settings = [setting for setting in settings if setting not in refused]
     _print_plan(console, settings, samples, out, loaded.device)
     try:
         with _progress(console, len(settings) * samples) as progress:
@@ -109,25 +126,20 @@ def evaluate(
     _finish(console, rows, out)
 
 
-def _settings(methods: str, budgets: str) -> list[Any]:
-    from vlprune.evals.runner import UNPRUNED, settings_of
-    from vlprune.method import make
-
-    names = [name.strip() for name in methods.split(",") if name.strip()]
-    settings = settings_of(names, [_budget(text.strip()) for text in budgets.split(",") if text.strip()])
+def _settings(methods: str | None, budgets: str) -> list[written.Setting]:
+    settings = written.parse(written.METHODS if methods is None else methods, budgets)
     if not settings:
         raise VLPruneError("nothing to do: --methods and --budgets name no setting")
     for setting in settings:
-        if setting.method != UNPRUNED:
-            make(setting.method, budget=setting.budget)
+        if setting.method != written.UNPRUNED:
+            setting.make()
     return settings
 
 
-def _budget(text: str) -> float | int:
-    try:
-        return int(text) if text.isdecimal() else float(text)
-    except ValueError:
-        raise VLPruneError(f"a budget is a count (64) or a fraction (0.2) of visual tokens, not {text!r}") from None
+def _folder(model: str) -> Path:
+    """Where results of a model go, those of other models apart from TinyVLM's."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name)
+    return Path("results/eval") if model == TINYVLM else Path(f"results/eval-{name}")
 
 
 def _load(model: str, device: str, threads: int | None) -> tuple[Any, Any, str]:
@@ -159,13 +171,23 @@ def _command() -> str:
     return shlex.join(["vlprune", *(argument for argument in sys.argv[1:] if argument != "--restart")])
 
 
-def _print_plan(console: Console, settings: list[Any], samples: int, out: Path, device: Any) -> None:
+def _print_refusals(console: Console, refused: dict[Any, VLPruneError]) -> None:
+    """Of the default settings, those that this model cannot have; settings with the same reason in one line."""
+    reasons: dict[str, list[str]] = {}
+    for setting, error in refused.items():
+        reasons.setdefault(" ".join(str(error).split()), []).append(setting.label)
+    for reason, labels in reasons.items():
+        console.print("[yellow]" + escape(f"Left out: {', '.join(labels)}: {reason}") + "[/yellow]")
+
+
+def _print_plan(console: Console, settings: list[written.Setting], samples: int, out: Path, device: Any) -> None:
     by_method: dict[str, list[str]] = {}
     for setting in settings:
         by_method.setdefault(setting.method, []).append(str(setting.budget))
     console.print(f"Plan: {len(settings)} settings x {samples} samples on {device}, into {out}")
+    width = max(map(len, by_method))
     for method, budgets in by_method.items():
-        console.print(f"  {method:<8} {', '.join(budgets)}")
+        console.print(f"  {escape(f'{method:<{width}}')}  {', '.join(budgets)}")
 
 
 def _say_what_is_kept(console: Console, out: Path) -> None:
@@ -227,7 +249,7 @@ def _progress(console: Console, total: int) -> Iterator[Callable[[Any], None]]:
     )
     with bars.Progress(*columns, console=console) as bar:
         task = bar.add_task("starting", total=total)
-        yield lambda state: bar.update(task, completed=state.done, description=state.setting.label)
+        yield lambda state: bar.update(task, completed=state.done, description=escape(state.setting.label))
 
 
 class PlainProgress:
@@ -244,7 +266,7 @@ class PlainProgress:
         self.said = now
         left = (state.total - state.done) * (now - self.started) / max(1, state.done - state.resumed)
         self.console.print(
-            f"{state.done}/{state.total} samples, {state.setting.label}, about {_minutes(left)} left", highlight=False
+            f"{state.done}/{state.total} samples, {escape(state.setting.label)}, about {_minutes(left)} left", highlight=False
         )
 
 
@@ -276,7 +298,7 @@ def list_models() -> None:
     """Lists the families of models that can be pruned."""
     import vlprune
 
-    table = Table("family", "model types", "stages")
+    table = Table("family", "model types", "stages", "tested with transformers")
     for family in vlprune.supported_models():
-        table.add_row(family.name, ", ".join(family.model_types), ", ".join(family.stages))
+        table.add_row(family.name, ", ".join(family.model_types), ", ".join(family.stages), ", ".join(family.tested) or "–")
     Console(highlight=False).print(table)

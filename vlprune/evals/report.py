@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlprune.evals.metrics import METRIC_OF_KIND, Metric, estimate, pope
-from vlprune.evals.runner import UNPRUNED, Row, Setting, write_json
+from vlprune.evals.runner import Row, write_json
+from vlprune.evals.settings import UNPRUNED, Setting
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,7 +31,8 @@ def summarise(rows: Iterable[Row]) -> list[Summary]:
     - ``kinds``: for each kind its metric, score, 95 % interval and number of samples; ``mean``: mean over the kinds;
       ``reading``: mean over :data:`READING`. Scores are in [0, 1], intervals bootstrapped over samples within each kind.
     - ``agreement``: share of samples with the same answer as the unpruned model's; None without an unpruned run.
-    - ``tokens``: visual tokens of an image that enter the LLM, of ``visual_tokens`` that it has; means over samples.
+    - ``tokens``: visual tokens of an image that enter the LLM, of ``visual_tokens`` that it has; ``layer_tokens``: mean over
+      the LLM's layers; ``cached_tokens``: left in the cache after the prompt, mean over layers. Means over samples.
     - ``prefill_ms``: from the call of ``generate`` to the end of the first forward, vision encoder and selection included,
       divided by the batch size; median over batches. ``speedup``: unpruned by pruned time of the same batch; median.
     - ``selection_ms``: what the method itself took of it, of one sample; median over batches.
@@ -62,6 +64,8 @@ def _summary(rows: list[Row], unpruned: list[Row]) -> Summary:
         "pope": pope([row["prediction"] for row in presence], [row["answers"][0] for row in presence]) if presence else None,
         "agreement": _agreement(rows, unpruned),
         "tokens": _mean(row["tokens"] for row in measured),
+        "layer_tokens": _mean(row["layer_tokens"] for row in measured),
+        "cached_tokens": _mean(row["cached_tokens"] for row in measured),
         "visual_tokens": _mean(row["visual_tokens"] for row in measured),
         "batch_size": max((row["batch_size"] for row in measured), default=None),
         "prefill_ms": _median(1000 * seconds for seconds in prefill.values()),
@@ -155,7 +159,15 @@ def _budget(summary: Summary) -> str:
 
 
 def _settings_columns() -> list[Column]:
-    return [("method", lambda s: s["method"]), ("budget", _budget), ("tokens", _number("tokens", 0))]
+    return [("method", lambda s: s["method"]), ("budget", _budget)]
+
+
+def _token_columns() -> list[Column]:
+    return [
+        ("enter", _number("tokens", 0)),
+        ("layers", _number("layer_tokens", 0)),
+        ("cache", _number("cached_tokens", 0)),
+    ]
 
 
 def _kind_columns(score: Callable[[Summary | None], str]) -> list[Column]:
@@ -179,27 +191,37 @@ def _cost_columns() -> list[Column]:
 def print_table(summaries: list[Summary], console: Console) -> None:
     """The table; on a narrow terminal in two or three parts."""
     kinds = _kind_columns(lambda kind: "–" if kind is None else _percent(kind["value"]))
-    overall, costs = _overall_columns(), _cost_columns()
-    if console.width >= 118:
-        parts = [kinds + overall + costs]
-    else:
-        parts = [kinds + overall, costs] if console.width >= 90 else [kinds, overall, costs]
-    for part in parts:
-        console.print(_rich_table(summaries, _settings_columns() + part))
+    settings, tokens, overall, costs = _settings_columns(), _token_columns(), _overall_columns(), _cost_columns()
+    ways = (
+        [settings + tokens + kinds + overall + costs],
+        [settings + kinds + overall, settings + tokens + costs],
+        [settings + kinds, settings + tokens + overall, settings + costs],
+    )
+    tables = [[_rich_table(summaries, columns) for columns in way] for way in ways]
+    fitting = (way for way in tables if max(_width(table, console) for table in way) <= console.width)
+    for table in next(fitting, tables[-1]):
+        console.print(table)
     console.print(f"[dim]{legend(summaries)}[/dim]")
+
+
+def _width(table: Table, console: Console) -> int:
+    """Columns of the terminal that the table takes if nothing is cut off."""
+    return table.__rich_measure__(console, console.options.update(max_width=1000)).maximum
 
 
 def _rich_table(summaries: list[Summary], columns: list[Column]) -> Table:
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    # Brackets in a method's name are its options, and no mark-up.
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=0)
     for heading, _ in columns:
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for summary, following in zip(summaries, [*summaries[1:], None], strict=True):
         last_of_method = following is not None and following["method"] != summary["method"]
         style = "bold" if summary["method"] == UNPRUNED else None
-        table.add_row(*(value(summary) for _, value in columns), end_section=last_of_method, style=style)
+        table.add_row(*(escape(value(summary)) for _, value in columns), end_section=last_of_method, style=style)
     return table
 
 
@@ -209,7 +231,8 @@ def legend(summaries: list[Summary]) -> str:
     batch = max((s["batch_size"] or 0 for s in summaries), default=0)
     return (
         f"Scores in percent: {metrics}; mean over the kinds ± half of its 95 % interval. agree: same answer as unpruned. "
-        "tokens: visual tokens that enter the LLM. prefill: ms a sample, vision encoder and selection included; "
+        "Visual tokens of an image: enter: those that enter the LLM; layers: mean over its layers; cache: left in the cache "
+        "after the prompt, mean over layers. prefill: ms a sample, vision encoder and selection included; "
         f"×: times as fast as unpruned; decode: ms a step; both in batches of {batch}, medians over batches. "
         "GFLOP and KiB: prefill and cache of a sample."
     )
@@ -217,7 +240,7 @@ def legend(summaries: list[Summary]) -> str:
 
 def markdown(summaries: list[Summary], manifest: Row) -> str:
     """The table for documents, under a line that says on what, with what and how it was measured."""
-    columns = _settings_columns() + _kind_columns(_with_margin) + _overall_columns() + _cost_columns()
+    columns = _settings_columns() + _token_columns() + _kind_columns(_with_margin) + _overall_columns() + _cost_columns()
     lines = [_markdown_row([heading for heading, _ in columns]), _markdown_row(["---"] + ["---:"] * (len(columns) - 1))]
     lines += [_markdown_row([value(summary) for _, value in columns]) for summary in summaries]
     return "\n".join([f"{_provenance(manifest)}\n", *lines, f"\n{legend(summaries)}\n"])

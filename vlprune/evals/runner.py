@@ -25,14 +25,17 @@ import transformers
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import vlprune
+from vlprune.engine.family import IMAGE, family_of
 from vlprune.errors import VLPruneError
 from vlprune.evals import synthvqa
 from vlprune.evals.metrics import METRIC_OF_KIND
+from vlprune.evals.settings import UNPRUNED, Setting, distinct
 from vlprune.evals.synthvqa import Example
 
 ROWS = "rows.jsonl"
 MANIFEST = "run.json"
-UNPRUNED = "none"
+FORMAT = 2
+"""Changes with what a row holds, so that rows of older versions are not taken for complete ones."""
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 """What LLaVA's own evaluations append to a question."""
 
@@ -45,19 +48,6 @@ class RunMismatchError(VLPruneError):
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A method at a budget; the method ``none`` is the model without any patch, at budget 1.0."""
-
-    method: str
-    budget: float | int = 1.0
-
-    @property
-    def label(self) -> str:
-        """Names the setting, and tells a count of 1 from the fraction 1.0, which are equal in Python."""
-        return self.method if self.method == UNPRUNED else f"{self.method} {self.budget}"
-
-
-@dataclass(frozen=True)
 class Progress:
     """Where a run is: ``done`` of ``total`` samples, of which ``resumed`` came from an earlier run."""
 
@@ -65,16 +55,6 @@ class Progress:
     done: int
     total: int
     resumed: int
-
-
-def settings_of(methods: Sequence[str], budgets: Sequence[float | int]) -> list[Setting]:
-    """Every method at every budget; ``none`` once, and first, since the others are compared with it."""
-    pruned = [Setting(method, budget) for method in methods if method != UNPRUNED for budget in budgets]
-    return _distinct([Setting(UNPRUNED)] * (UNPRUNED in methods) + pruned)
-
-
-def _distinct(settings: Sequence[Setting]) -> list[Setting]:
-    return list({setting.label: setting for setting in settings}.values())
 
 
 def run(
@@ -102,8 +82,8 @@ def run(
     Raises :class:`RunMismatchError` where ``out`` holds rows of another model, data, machine or version, and what
     ``vlprune.apply`` raises where a setting is not possible, both before anything is measured.
     """
-    settings = _distinct(settings)
-    _check_settings(model, settings)
+    settings = distinct(settings)
+    check(model, processor, examples, settings)
     out.mkdir(parents=True, exist_ok=True)
     generation = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "instruction": instruction}
     wanted = manifest(model, examples, name, data, generation)
@@ -126,10 +106,38 @@ def run(
     return [row for setting in settings for index in range(len(batches)) for row in rows[setting.label, index]]
 
 
-def _check_settings(model: Any, settings: Sequence[Setting]) -> None:
+def check(model: Any, processor: Any, examples: Sequence[Example], settings: Sequence[Setting]) -> None:
+    """Raises where a setting is not possible: applies it, and plans each size of image that there is."""
+    refused = refusals(model, processor, examples, settings)
+    for setting, error in refused.items():
+        raise type(error)(f"{setting.label}: {error}") from error
+
+
+def refusals(
+    model: Any, processor: Any, examples: Sequence[Example], settings: Sequence[Setting]
+) -> dict[Setting, VLPruneError]:
+    """The settings that are not possible, and why."""
+    found: dict[Setting, VLPruneError] = {}
+    layouts: list[Any] = []
     for setting in settings:
-        with _patched(model, setting):
-            pass
+        if setting.method == UNPRUNED:
+            continue
+        try:
+            with _patched(model, setting):
+                layouts = layouts or _layouts(model, processor, examples)
+                shape = family_of(model).parts(model).shape
+                for layout in layouts:
+                    setting.make().plan(layout, shape)
+        except VLPruneError as error:
+            found[setting] = error
+    return found
+
+
+def _layouts(model: Any, processor: Any, examples: Sequence[Example]) -> list[Any]:
+    """Where the tokens of an image lie, for each size of image; the model runs on none of them."""
+    sizes = {example.image.size: example for example in examples}
+    inputs = (make_inputs(model, processor, [example], "") for example in sizes.values())
+    return [layout for one in inputs for layout in family_of(model).seams[IMAGE](model, dict(one))]
 
 
 def make_batches(processor: Any, examples: Sequence[Example], batch_size: int) -> list[list[Example]]:
@@ -171,7 +179,7 @@ class _Runner:
     max_new_tokens: int
     instruction: str
     warm: set[str] = field(default_factory=set)
-    unpruned_costs: dict[tuple, tuple[float, float]] = field(default_factory=dict)
+    unpruned_costs: dict[tuple, dict[str, float]] = field(default_factory=dict)
 
     def answer(self, setting: Setting, index: int, batch: list[Example]) -> list[Row]:
         """The rows of one batch under a setting, which on its first turn answers the batch once without being recorded."""
@@ -194,25 +202,17 @@ class _Runner:
 
     def _measure(self, setting: Setting, index: int, batch: list[Example]) -> list[Row]:
         inputs, answers, times = self._generate(batch)
-        totals, entering = self._visual_tokens(setting, inputs)
-        flops, cache_bytes = self._costs(setting, inputs)
+        measured = self._costs(setting, inputs)
         selection = None if setting.method == UNPRUNED else vlprune.report(self.model).selection_seconds
+        shares = {name: value / len(batch) for name, value in measured.items()}
+        both = dict(batch_size=len(batch), selection_seconds=selection, **shares, **times)
         return [
-            _row(setting, index, example, prediction=prediction)
-            | dict(
-                tokens=tokens,
-                visual_tokens=total,
-                batch_size=len(batch),
-                flops=flops / len(batch),
-                cache_bytes=cache_bytes / len(batch),
-                selection_seconds=selection,
-                **times,
-            )
-            for example, prediction, tokens, total in zip(batch, answers, entering, totals, strict=True)
+            _row(setting, index, example, prediction=prediction) | both
+            for example, prediction in zip(batch, answers, strict=True)
         ]
 
     def _generate(self, batch: list[Example]) -> tuple[Any, list[str], dict[str, float | int | None]]:
-        inputs = self._inputs(batch)
+        inputs = make_inputs(self.model, self.processor, batch, self.instruction)
         clock = StepClock(self.model.device)
         start = now(self.model.device)
         with torch.inference_mode():
@@ -232,52 +232,53 @@ class _Runner:
         answers = self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return inputs, [answer.strip() for answer in answers], times
 
-    def _inputs(self, batch: list[Example]) -> Any:
-        """What the processor makes of the prompts of a batch, padded on the left, on the model's device."""
-        prompts = []
-        for example in batch:
-            question = f"{example.question}\n{self.instruction}" if self.instruction else example.question
-            message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-            prompts.append(self.processor.apply_chat_template([message], add_generation_prompt=True))
-        images = [example.image for example in batch]
-        # LLaVA takes no token types, yet with transformers 4 a tokenizer returns them unless it was saved without.
-        options = {"padding": True, "padding_side": "left", "return_token_type_ids": False, "return_tensors": "pt"}
-        inputs = self.processor(images=images, text=prompts, **options)
-        return inputs.to(self.model.device, dtype=self.model.dtype)
-
-    def _visual_tokens(self, setting: Setting, inputs: Any) -> tuple[list[int], list[int]]:
-        """For each sample: the visual tokens of its image, and how many of them enter the LLM."""
-        if setting.method != UNPRUNED:
-            images = vlprune.report(self.model).images
-            return [image.total for image in images], [image.tokens_out for image in images]
-        placeholders = (inputs["input_ids"] == self.processor.image_token_id).sum(1).tolist()
-        return placeholders, placeholders
-
-    def _costs(self, setting: Setting, inputs: Any) -> tuple[float, float]:
-        """FLOPs of the prefill and bytes of the cache after it, of the whole batch.
+    def _costs(self, setting: Setting, inputs: Any) -> dict[str, float]:
+        """Visual tokens, FLOPs of the prefill and bytes of the cache after it, of the whole batch.
 
         The unpatched model cannot tell, so for ``none`` a patch that does nothing reads one batch of each shape.
         """
         if setting.method != UNPRUNED:
-            report = vlprune.report(self.model)
-            return report.flops, report.kv_bytes
+            return _costs_of(vlprune.report(self.model))
         shape = tuple((key, tuple(value.shape)) for key, value in sorted(inputs.items()))
         if shape not in self.unpruned_costs:
             with vlprune.applied(self.model, "uniform", budget=1.0), torch.inference_mode():
                 self.model(**inputs, logits_to_keep=1)
-                report = vlprune.report(self.model)
-            self.unpruned_costs[shape] = report.flops_unpruned, report.kv_bytes_unpruned
+                self.unpruned_costs[shape] = _costs_of(vlprune.report(self.model))
         return self.unpruned_costs[shape]
+
+
+def _costs_of(report: vlprune.Report) -> dict[str, float]:
+    return {
+        "visual_tokens": report.total,
+        "tokens": report.entering,
+        "layer_tokens": report.layer_mean,
+        "cached_tokens": report.cached,
+        "flops": report.flops,
+        "cache_bytes": report.kv_bytes,
+    }
+
+
+def make_inputs(model: Any, processor: Any, batch: Sequence[Example], instruction: str) -> Any:
+    """What the processor makes of the prompts of a batch, padded on the left, on the model's device."""
+    prompts = []
+    for example in batch:
+        question = f"{example.question}\n{instruction}" if instruction else example.question
+        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+        prompts.append(processor.apply_chat_template([message], add_generation_prompt=True))
+    images = [example.image for example in batch]
+    # LLaVA takes no token types, yet with transformers 4 a tokenizer returns them unless it was saved without.
+    options = {"padding": True, "padding_side": "left", "return_token_type_ids": False, "return_tensors": "pt"}
+    return processor(images=images, text=prompts, **options).to(model.device, dtype=model.dtype)
 
 
 def _patched(model: Any, setting: Setting) -> contextlib.AbstractContextManager[Any]:
     if setting.method == UNPRUNED:
         return contextlib.nullcontext()
-    return vlprune.applied(model, setting.method, budget=setting.budget)
+    return vlprune.applied(model, setting.make())
 
 
 def _row(setting: Setting, index: int, example: Example, prediction: str | None = None, error: str | None = None) -> Row:
-    """What every row has; a measured row adds tokens, seconds (of its whole batch), FLOPs and bytes (of its sample)."""
+    """What every row has; a measured row adds seconds of its batch, and its share of the batch's tokens, FLOPs, bytes."""
     return {
         "method": setting.method,
         "budget": setting.budget,
@@ -309,7 +310,7 @@ class Journal:
         _check_same_run(out, previous, wanted)
         if not previous:
             (out / ROWS).unlink(missing_ok=True)
-        merged = _distinct([*(Setting(**s) for s in previous.get("settings", ())), *settings])
+        merged = distinct([*(Setting(**s) for s in previous.get("settings", ())), *settings])
         started = {"date": _today(), "commit": git_commit(), "command": command}
         kept = {key: previous[key] for key in started if key in previous}
         write_json(path, wanted | started | kept | {"settings": [asdict(s) for s in merged]})
@@ -369,6 +370,7 @@ def manifest(model: Any, examples: Sequence[Example], name: str, data: str, gene
     """Everything that must be equal for rows to be comparable."""
     dtype = str(model.dtype).removeprefix("torch.")
     return {
+        "format": FORMAT,
         "model": {"name": name or type(model).__name__, "sha256": weights_hash(model), "dtype": dtype},
         "data": {"name": data, "samples": len(examples), "sha256": examples_hash(examples)},
         "generation": generation,
