@@ -12,7 +12,7 @@ from torch import Tensor
 
 import vlprune
 from tests import zoo
-from vlprune.image import CacheTokens, ImageLayout, LayerTokens, ModelShape
+from vlprune.image import CacheTokens, ImageLayout, LayerTokens, ModelShape, centres
 from vlprune.method import Method, Plan, Selection
 from vlprune.signals import Hidden, QueryAttention, Signal, Values
 
@@ -120,3 +120,15 @@ def test_beams_have_notes_of_their_own():
         Counting.asked.clear()
         zoo.generate(model, inputs, 2, num_beams=3)
         assert Counting.asked == [1, 1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize(("family", "method"), [("llava", "resize"), ("llava_next", "pool"), ("qwen2_vl", "mustdrop")])
+def test_training_after_inference_mode(family, method):
+    """What is remembered of an image's layout can be part of a graph."""
+    model, inputs = zoo.build(family), zoo.prompt(family)
+    with vlprune.applied(model, method, budget=zoo.budget(method, 0.31)):
+        with torch.inference_mode():
+            assert not centres((97, 3), (5, 2)).is_inference()
+            model(**inputs)
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.lm_head.parameters())

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from vlprune.signals import Signal
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def remembered(function: F) -> F:
+    """Remembers what ``function`` gave. Its tensors are made outside of inference mode, so that training can use them, too."""
+    return lru_cache(maxsize=512)(torch.inference_mode(False)(function))  # pyright: ignore[reportReturnType]
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +182,7 @@ def top(scores: Tensor, count: int) -> Tensor:
     return ranked.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
-@lru_cache(maxsize=256)
+@remembered
 def centres(grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
     """Raster indices of the patches of ``grid`` that lie at the centres of ``cells`` (rows, columns) equal parts."""
     row, column = ((torch.arange(n) * 2 + 1) * size // (2 * n) for size, n in zip(grid, cells, strict=True))

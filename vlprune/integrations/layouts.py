@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
-from vlprune.image import ImageLayout
+from vlprune.image import ImageLayout, remembered
 
 TESTED = ("4.57.6", "5.23.0")
 """The versions of transformers that the tests run with."""
 
 
-@lru_cache(maxsize=256)
+@remembered
 def tiles_in_a_row(tiles: int, grid: tuple[int, int], separators: int = 0) -> ImageLayout:
     """Tiles of ``grid`` tokens one behind the other, each a rectangle of its own: the frames of a video, or tiles whose place
     in the image is not told. ``separators``: tokens at the end that belong to no patch.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlprune.engine.family import Family, blocks, register, single_patches
-from vlprune.image import ImageLayout, centres
+from vlprune.image import ImageLayout, centres, remembered
 from vlprune.integrations.layouts import TESTED, tiles_in_a_row
 
 
@@ -57,7 +56,7 @@ def next_video_groups(model: nn.Module, grid: tuple[int, int]) -> Tensor:
     return single_patches(model, grid) if grid[0] == side else blocks(grid, config.spatial_pool_stride, side)
 
 
-@lru_cache(maxsize=16)
+@remembered
 def _single(side: int) -> ImageLayout:
     indices = torch.arange(side * side)
     return ImageLayout(
@@ -70,7 +69,7 @@ def _single(side: int) -> ImageLayout:
     )
 
 
-@lru_cache(maxsize=256)
+@remembered
 def _anyres(
     height: int, width: int, side: int, tile: int, pinpoints: tuple[tuple[int, int], ...], most: int | None = None
 ) -> ImageLayout:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from vlprune.image import ImageLayout, ImageTokens, centres
+from vlprune.image import ImageLayout, ImageTokens, centres, remembered
 from vlprune.method import Merge, Method, Selection, register
 from vlprune.methods.grids import divided, with_separators
 
@@ -28,7 +27,7 @@ class Random(Method):
         return Selection(image.host(_draw(self.seed, image.layout.total, image.count)))
 
 
-@lru_cache(maxsize=256)
+@remembered
 def _draw(seed: int, total: int, count: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(total, generator=generator)[:count].sort().values
@@ -83,7 +82,7 @@ def _patches(image: ImageTokens) -> int:
     return min(image.count, sum(image.layout.available))
 
 
-@lru_cache(maxsize=512)
+@remembered
 def _smaller(layout: ImageLayout, count: int) -> tuple[int, int]:
     rows, columns = layout.grid
     candidates = [
@@ -96,7 +95,7 @@ def _smaller(layout: ImageLayout, count: int) -> tuple[int, int]:
     return next(grid for grid in candidates if _places(layout, grid).shape[0] >= count)
 
 
-@lru_cache(maxsize=512)
+@remembered
 def _places(layout: ImageLayout, grid: tuple[int, int]) -> Tensor:
     """Prompt indices, ascending, of the patches of all tiles that ``grid`` fills."""
     places = layout.placeholder[:, centres(layout.grid, grid)]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from vlprune.budget import apportion
-from vlprune.image import ImageLayout, ImageTokens
+from vlprune.image import ImageLayout, ImageTokens, remembered
 
 
 def with_separators(keep: Tensor, image: ImageTokens) -> Tensor:
@@ -27,7 +25,7 @@ def left_by_encoder(image: ImageTokens) -> Tensor:
     return image.host(places[places >= 0].sort().values)
 
 
-@lru_cache(maxsize=512)
+@remembered
 def cells(rows: int, columns: int, count: int) -> tuple[Tensor, Tensor]:
     """``count`` rectangles of nearly equal size that cover a grid exactly.
 
@@ -50,7 +48,7 @@ def cells(rows: int, columns: int, count: int) -> tuple[Tensor, Tensor]:
     return cell, torch.tensor(centres)
 
 
-@lru_cache(maxsize=512)
+@remembered
 def divided(layout: ImageLayout, count: int) -> tuple[Tensor, Tensor]:
     """``count`` cells over all regions of an image, each region by its size.
 
@@ -62,7 +60,7 @@ def divided(layout: ImageLayout, count: int) -> tuple[Tensor, Tensor]:
     for region, share in zip(layout.regions, apportion(count, sizes, sizes), strict=True):
         if share == 0:
             continue
-        parts, middle = cells(*region.shape, share)
+        parts, middle = cells(region.shape[0], region.shape[1], share)
         cell[region.flatten()] = parts.flatten() + first
         centres.append(region.flatten()[middle])
         first += share

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
-from vlprune.image import ImageLayout
+from vlprune.image import ImageLayout, remembered
 from vlprune.method import Merge, Selection
 
 
-@lru_cache(maxsize=256)
+@remembered
 def windows_of(layout: ImageLayout, side: int) -> tuple[Tensor, Tensor, Tensor]:
     """The whole windows of ``side`` x ``side`` patches that fit into a tile, in raster order, none over another.
 
