@@ -124,6 +124,9 @@ class DeepStack:
             full = take(features[number.clamp(min=0).flatten()].view(*visual.shape, -1), rows, 1)
             alive = (visual.gather(1, rows.clamp(min=0)) & (rows >= 0))[..., None]
             return hidden + (full * alive).to(hidden.device, hidden.dtype)
+        if forward is not None and forward.signals is not None:
+            # Some versions of transformers add in place, to what a signal of the layer may be.
+            hidden = hidden.clone()
         return type(text)._deepstack_process(text, hidden, visual, features)
 
 

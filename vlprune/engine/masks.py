@@ -88,20 +88,26 @@ def physical(mask: Any, layer: Layer) -> Any:
     """
     row_map, rows = layer.row_map, layer.rows
     if mask is None:
-        if not row_map.filler:
+        held = layer.past + layer.length - row_map.dropped
+        # Flash attention needs a mask to tell the entries of a cache of constant size from slots that hold nothing yet.
+        unfilled = layer.flash and layer.slots is not None and held < layer.slots
+        if not row_map.filler and not unfilled:
             return None
-        columns = row_map.columns(layer.past + layer.length - row_map.dropped)
+        columns = row_map.columns(held)
         if layer.flash:
             return columns >= 0
         built = build(rows, columns, layer.past, layer.length)
         return built if layer.slots is None else F.pad(built, (0, layer.slots - built.shape[-1]))
     if not torch.is_tensor(mask):
         return block_mask(mask, layer)
-    if layer.slots is not None and row_map.fixed is not None:
+    logical = mask.shape[-1]
+    if layer.slots is not None and mask.ndim == 2:
+        # Flash attention cuts the keys of a cache of constant size to the width of its mask, and counts from its end.
+        columns = row_map.columns(layer.past + layer.length - row_map.dropped)
+    elif layer.slots is not None and row_map.fixed is not None:
         columns, valid = row_map.fixed
         return translate(mask, rows, columns, valid)
-    logical = mask.shape[-1]
-    if layer.slots is not None:
+    elif layer.slots is not None:
         columns = row_map.columns(logical)
     else:
         # A window that was full before anything left hands over a mask of its own columns only.

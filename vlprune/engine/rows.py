@@ -105,11 +105,14 @@ class RowMap:
         return self.entries(slots)[:, 0]
 
     def find(self, sample: int, logical: Tensor) -> Tensor:
-        """Slots of a sample's tokens at ``logical (N,)`` or ``(heads, N)``, which must be there."""
+        """Slots of a sample's tokens at ``logical (N,)`` or ``(heads, N)``, which must be there.
+
+        All heads hold equally many entries: a token that none of them has lost is at the same slot in each.
+        """
         held = self.prefix[sample]
-        if logical.ndim == 1 and held.shape[0] == 1:
+        if logical.ndim == 1:
             return self._search(held[0], logical)
-        return self._search(held.expand(logical.shape[0] if logical.ndim == 2 else -1, -1), logical.expand(held.shape[0], -1))
+        return self._search(held.expand(logical.shape[0], -1), logical)
 
     def _search(self, held: Tensor, logical: Tensor) -> Tensor:
         behind = logical - self.base + self.prefix.shape[2]

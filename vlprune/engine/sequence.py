@@ -71,9 +71,13 @@ class Sequence:
         slots = self._slots[self.version if version is None else version]
         return logical if slots is None else slots[sample, logical]
 
+    def text_counts(self) -> list[int]:
+        """Tokens of text in each sample."""
+        return [n - sum(i.count for i in images) for n, images in zip(self.lengths, self.images, strict=True)]
+
     def text_rows(self, drafts: int) -> Tensor:
         """Physical rows ``(B, R)`` of text, right-aligned, without the last ``drafts`` of them; FILLER for shorter samples."""
-        counts = [n - sum(i.count for i in images) for n, images in zip(self.lengths, self.images, strict=True)]
+        counts = self.text_counts()
         text = ~self.visual if self.padding is None else ~self.visual & ~self.padding.to(self.visual.device)
         logical = right_align(text, max(counts))
         logical = logical[:, : logical.shape[1] - drafts]

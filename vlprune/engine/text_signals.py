@@ -51,6 +51,8 @@ class TextSignals:
             # What this pass has added is at the same slots in all heads.
             own = slots if slots.ndim == 1 else slots[0]
             return value.index_select(-2, own - self.held.get(layer, 0))
+        if isinstance(signal, QueryAttention):
+            value = self._without_filler(signal, value, sample)
         if slots.ndim == 1:
             return value.index_select(-1, slots)
         heads = max(value.shape[0], slots.shape[0])
@@ -100,9 +102,20 @@ class TextSignals:
         if isinstance(signal, ReceivedAttention):
             return attention.received(call, self._rows(call))
         assert isinstance(signal, QueryAttention)
-        weights = attention.rows(call, self._queries(signal, call))
+        queries = self._queries(signal, call)
+        weights = attention.rows(call, queries)
         weights = weights.mean(1, keepdim=True) if signal.mean_heads else weights
-        return weights.mean(2, keepdim=True) if signal.mean_queries else weights
+        if not signal.mean_queries:
+            return weights
+        # Filler of shorter samples does not count.
+        return weights.sum(2, keepdim=True) / (queries >= 0).sum(1).clamp(min=1)[:, None, None, None]
+
+    def _without_filler(self, signal: QueryAttention, value: Tensor, sample: int) -> Tensor:
+        """``value (heads, R, k)`` for the sample's own queries: as many as if it were alone."""
+        if self.sequence is None or signal.queries == "last" or signal.mean_queries:
+            return value
+        text = self.sequence.text_counts()[sample] - self.drafts
+        return value[:, max(value.shape[1] - text, 0) :]
 
     @property
     def _version(self) -> int:
