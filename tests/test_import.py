@@ -5,7 +5,7 @@ import sys
 
 LIMIT = 0.1
 TRIES = 5
-HEAVY = ("triton", "gradio", "datasets", "matplotlib", "typer", "rich", "timm", "peft")
+HEAVY = ("triton", "gradio", "datasets", "matplotlib", "typer", "rich", "timm", "peft", "transformers.modeling_utils")
 
 ADDED_SECONDS = """
 import time, torch, transformers

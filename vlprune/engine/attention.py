@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 BLOCK = 256
 """Queries whose attention is held at a time."""
@@ -72,6 +71,9 @@ class _Entry:
 
 def _place(module: Any) -> tuple[dict[str, Any], str, Any, bool]:
     """Where the kernel of an attention module stands: table, name, the kernel, whether the entry is the table's own."""
+    # Imported here, since it takes seconds, and `import vlprune` must not.
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     name = module.config._attn_implementation or "eager"
     if name == "eager":
         table = inspect.unwrap(type(module).forward).__globals__
