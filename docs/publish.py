@@ -1,6 +1,7 @@
-"""Puts the measurement in a results folder into the documents: README, docs/results, one table for each method.
+"""Puts measurements into the documents: README, docs/results, a table and a curve for each method.
 
-Usage: ``python docs/publish.py results/eval``
+Usage: ``python docs/publish.py results/eval results/eval-tinyvlm-qwen``, either alone or both. What was published of the
+other model before is kept.
 """
 
 from __future__ import annotations
@@ -10,32 +11,93 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from vlprune.evals import plot
 
 DOCS = Path(__file__).parent
+BASELINE = "uniform"
+"""Drawn beside each method's own curve."""
+TYPICAL = 0.4
+"""The budget in README, or what a method has that is nearest."""
+
+Summary = dict[str, Any]
 
 
-def main(results: Path) -> None:
-    summary = json.loads((results / "summary.json").read_text())
+class Page(NamedTuple):
+    """Where a model's results stand below docs/."""
+
+    page: str
+    picture: str
+    summary: str
+
+
+PAGES = {
+    "TinyVLM": Page("results/README.md", "images/accuracy.png", "results/summary.json"),
+    "TinyVLM-Qwen": Page("results/tinyvlm-qwen.md", "images/accuracy-qwen.png", "results/summary-tinyvlm-qwen.json"),
+}
+
+
+def main(folders: list[Path]) -> None:
+    for folder in folders:
+        _take(folder)
+    published = {model: json.loads((DOCS / page.summary).read_text()) for model, page in PAGES.items() if _is_there(page)}
+    names = {_name(row) for summary in published.values() for row in summary["settings"]} - {"none"}
+    for name in sorted(names):
+        page = DOCS / "methods" / f"{name}.md"
+        if page.exists():
+            _fill(page, name, _method(name, published))
+    _fill(DOCS.parent / "README.md", "readme", _overview(published))
+
+
+def _is_there(page: Page) -> bool:
+    return (DOCS / page.summary).exists() and (DOCS / page.page).exists()
+
+
+def _take(folder: Path) -> None:
+    """Copies the results of one model; its name tells where."""
+    model = json.loads((folder / "summary.json").read_text())["run"]["model"]["name"]
+    page = PAGES[model]
     (DOCS / "images").mkdir(exist_ok=True)
-    shutil.copy(results / "accuracy.png", DOCS / "images" / "accuracy.png")
-    shutil.copy(results / "summary.json", DOCS / "results" / "summary.json")
-    table = (results / "table.md").read_text()
-    (DOCS / "results" / "README.md").write_text(
-        f"# Measured\n\n{table}\n![Accuracy against visual tokens](../images/accuracy.png)\n"
+    shutil.copy(folder / "accuracy.png", DOCS / page.picture)
+    shutil.copy(folder / "summary.json", DOCS / page.summary)
+    others = ", ".join(f"[{other}]({Path(p.page).name})" for other, p in PAGES.items() if other != model and _is_there(p))
+    also = f" Also measured: {others}." if others else ""
+    text = (
+        f"# Measured: {model}\n\n{(folder / 'table.md').read_text()}\n"
+        f"Curves are drawn by the mean over the LLM's layers, of a method that only evicts by what is left in the cache."
+        f"{also}\n\n![Accuracy against visual tokens](../{page.picture})\n"
     )
-    settings = summary["settings"]
-    by_method = {s["method"]: [t for t in settings if t["method"] == s["method"]] for s in settings}
-    unpruned = by_method.pop("none")
-    for method, rows in by_method.items():
-        text = f"{_conditions(summary['run'])}\n\n{_table(unpruned + rows)}\n"
-        text += "\nAll methods in one table and picture: [results](../results/README.md)."
-        _fill(DOCS / "methods" / f"{method}.md", method, text)
-    best = [row for rows in by_method.values() for row in rows if row["budget"] in (0.4, 0.2)]
-    _fill(DOCS.parent / "README.md", "readme", f"{_conditions(summary['run'])}\n\n{_table(unpruned + best)}")
+    (DOCS / page.page).write_text(text)
 
 
-def _conditions(run: dict[str, Any]) -> str:
+def _name(row: Summary) -> str:
+    """The method without its options."""
+    return row["method"].partition("[")[0]
+
+
+# ------------------------------------------------------------------ a method's page
+
+
+def _method(name: str, published: dict[str, Any]) -> str:
+    """A picture and a table for each model that the method was measured with."""
+    parts, shown = [], []
+    for model, summary in published.items():
+        rows = [row for row in summary["settings"] if _name(row) == name]
+        if rows:
+            unpruned = [row for row in summary["settings"] if row["method"] == "none"]
+            parts.append(f"{_conditions(summary['run'])}\n\n{_table(unpruned + rows)}\n")
+            beside = [row for row in summary["settings"] if row["method"] == BASELINE and name != BASELINE]
+            shown.append((unpruned + rows + beside, "mean", model))
+    picture = f"images/methods/{name}.png"
+    (DOCS / picture).parent.mkdir(exist_ok=True)
+    plot.panels(shown).savefig(DOCS / picture, dpi=90)
+    parts.append(f"![{name}: accuracy against visual tokens](../{picture})\n")
+    pages = ", ".join(f"[{model}](../{PAGES[model].page})" for model in published)
+    return "\n".join([*parts, f"All methods in one table and picture: {pages}."])
+
+
+def _conditions(run: Summary) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     hardware = run["hardware"]
     cores = f", {hardware['cores']} cores" if "cores" in hardware else ""
@@ -45,26 +107,83 @@ def _conditions(run: dict[str, Any]) -> str:
     )
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
-    head = "| method | budget | visual tokens | mean accuracy | text, form, chart | agreement | prefill | speed-up |"
-    lines = [head, "|---|---:|---:|---:|---:|---:|---:|---:|"]
+def _table(rows: list[Summary]) -> str:
+    head = ["method", "budget", "enter", "layers", "cache", "mean accuracy", "text, form, chart", "agreement", "prefill"]
+    lines = [_row([*head, "speed-up", "decode"]), _row(["---"] + ["---:"] * (len(head) + 1))]
     for row in rows:
-        scores = [f"{100 * row[k]['value']:.1f} % ± {50 * (row[k]['high'] - row[k]['low']):.1f}" for k in ("mean", "reading")]
-        budget = "–" if row["method"] == "none" else row["budget"]
-        cells = [row["method"], budget, f"{row['tokens']:.0f}", *scores, f"{100 * row['agreement']:.1f} %"]
-        cells += [f"{row['prefill_ms']:.1f} ms", f"{row['speedup']:.2f}x"]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        cells = [row["method"], _budget(row), *_tokens(row), _score(row, "mean"), _score(row, "reading")]
+        cells += [f"{100 * row['agreement']:.1f} %", *_speed(row), f"{row['decode_ms']:.1f} ms"]
+        lines.append(_row(cells))
+    lines.append(
+        "\nVisual tokens of an image that enter the LLM, as a mean over its layers, and left in the cache after the prompt."
+    )
     return "\n".join(lines)
+
+
+# ------------------------------------------------------------------ README
+
+
+def _overview(published: dict[str, Any]) -> str:
+    """One row for each method at a typical budget: the first model's numbers, and the accuracy of the others."""
+    (first, summary), *others = published.items()
+    head = ["method", "budget", "layers", "cache", f"mean accuracy, {first}", "text, form, chart", "prefill", "speed-up"]
+    head += [f"mean accuracy, {model}" for model, _ in others]
+    lines = [_row(head), _row(["---"] + ["---:"] * (len(head) - 1))]
+    for row in _typical(summary["settings"]):
+        cells = [row["method"], _budget(row), *_tokens(row)[1:], _score(row, "mean"), _score(row, "reading"), *_speed(row)]
+        lines.append(_row(cells + [_score(_same(row, other["settings"]), "mean") for _, other in others]))
+    lines.append("\nlayers, cache: visual tokens of an image as a mean over the LLM's layers, and left in the cache.")
+    return "\n\n".join([_conditions(summary["run"]), "\n".join(lines)])
+
+
+def _typical(rows: list[Summary]) -> list[Summary]:
+    """Of each method the row whose budget is nearest to :data:`TYPICAL`."""
+    methods = dict.fromkeys(row["method"] for row in rows)
+    fractions = [row for row in rows if isinstance(row["budget"], float)]
+    return [
+        min((row for row in fractions if row["method"] == method), key=lambda row: abs(row["budget"] - TYPICAL))
+        for method in methods
+        if any(row["method"] == method for row in fractions)
+    ]
+
+
+def _same(row: Summary, rows: list[Summary]) -> Summary | None:
+    return next((other for other in rows if (other["method"], other["budget"]) == (row["method"], row["budget"])), None)
+
+
+# ------------------------------------------------------------------ cells
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _budget(row: Summary) -> str:
+    return "–" if row["method"] == "none" else str(row["budget"])
+
+
+def _tokens(row: Summary) -> list[str]:
+    return [f"{row[key]:.0f}" for key in ("tokens", "layer_tokens", "cached_tokens")]
+
+
+def _score(row: Summary | None, key: str) -> str:
+    return "–" if row is None else f"{100 * row[key]['value']:.1f} % ± {50 * (row[key]['high'] - row[key]['low']):.1f}"
+
+
+def _speed(row: Summary) -> list[str]:
+    return [f"{row['prefill_ms']:.1f} ms", f"{row['speedup']:.2f}x"]
 
 
 def _fill(page: Path, name: str, text: str) -> None:
     """Replaces what stands between the two marks of ``name``; the first time there is only one."""
     start, end = f"<!-- measured:{name} -->", f"<!-- end of measured:{name} -->"
     old = page.read_text()
+    if start not in old:
+        sys.exit(f"{page} has no place for its measurement: {start}")
     if end not in old:
         old = old.replace(start, f"{start}\n{end}")
     page.write_text(re.sub(f"{re.escape(start)}.*{re.escape(end)}", lambda _: f"{start}\n{text}\n{end}", old, flags=re.DOTALL))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main([Path(folder) for folder in sys.argv[1:]])

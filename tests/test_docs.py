@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import vlprune
+from tests import zoo
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -21,6 +22,26 @@ def test_every_built_in_method_has_a_page_that_names_its_options():
             page = (ROOT / "docs" / "methods" / f"{name}.md").read_text()
             for field in dataclasses.fields(method):
                 assert field.name in page, f"{name}: {field.name}"
+
+
+EXAMPLES = [page for page in PAGES if "@vlprune.register(" in page.read_text()]
+
+
+@pytest.mark.parametrize("page", EXAMPLES, ids=lambda page: page.stem)
+def test_example_methods_work(page, monkeypatch):
+    """Methods that a page defines run, and keep what their budget says, be it in front of the LLM, in it or in the cache."""
+    monkeypatch.setattr("vlprune.method._methods", dict(vlprune.methods()))
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        if "@vlprune.register(" not in code:
+            continue
+        exec(compile(code, page.name, "exec", dont_inherit=True), {"__name__": "example"})
+        name = re.findall(r'@vlprune.register\("(\w+)"\)', code)[0]
+        model = zoo.build("llava_next")
+        with vlprune.applied(model, name, budget=7):
+            zoo.generate(model, zoo.prompt("llava_next"))
+            report = vlprune.report(model)
+        assert report.images[0].stages[-1].tokens_out == 7
+        assert report.cached < report.total
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

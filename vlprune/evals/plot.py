@@ -37,19 +37,25 @@ def draw(summaries: list[Summary], out: Path, subtitle: str = "") -> Path:
 
 
 def figure(summaries: list[Summary], subtitle: str = "") -> Figure:
+    return panels([(summaries, key, title) for key, title in PANELS], subtitle)
+
+
+def panels(shown: list[tuple[list[Summary], str, str]], subtitle: str = "") -> Figure:
+    """A panel for each of ``shown``: summaries, which of their means to draw, and a title."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # A figure without pyplot leaves the reader's own matplotlib state, and its backend, alone.
-    made = Figure(figsize=(11, 5.2), dpi=160, layout="constrained")
+    made = Figure(figsize=(5.5 * len(shown), 5.2), dpi=160, layout="constrained")
     FigureCanvasAgg(made)
-    panels: Any = made.subplots(1, 2, sharey=True)
-    for axes, (key, title) in zip(panels, PANELS, strict=True):
+    row: Any = made.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for axes, (summaries, key, title) in zip(row, shown, strict=True):
         _panel(axes, [s for s in summaries if s[key] and s["tokens"]], key)
         axes.set_title(title, fontsize=11, loc="left")
-    panels[0].set_ylabel("score, %")
-    handles, labels = panels[0].get_legend_handles_labels()
-    made.legend(handles, labels, loc="outside lower center", ncols=max(1, min(6, len(labels))), frameon=False)
+    row[0].set_ylabel("score, %")
+    handles, labels = row[0].get_legend_handles_labels()
+    columns = max(1, min(3 * len(shown), len(labels)))
+    made.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     if subtitle:
         made.suptitle(subtitle, fontsize=9, color="#5D5D5D", x=0.01, ha="left")
     return made
