@@ -45,6 +45,7 @@ def build(rows: Tensor | None, columns: Tensor, past: int, length: int) -> Tenso
     """A causal mask ``(B, 1, rows, columns)`` bool for a model that would have run without one."""
     if rows is None:
         rows = torch.arange(length, device=columns.device).expand(columns.shape[0], -1)
+    rows = rows.to(columns.device)
     return ((rows[:, :, None] + past >= columns[:, None]) & (columns >= 0)[:, None])[:, None]
 
 
@@ -53,6 +54,7 @@ def translate(mask: Tensor, rows: Tensor | None, columns: Tensor, valid: Tensor)
 
     ``columns (B, slots)`` are in range, and those that are not ``valid`` get hidden.
     """
+    columns, valid = columns.to(mask.device), valid.to(mask.device)
     if mask.ndim == 2:
         return mask.gather(1, columns) * valid.to(mask.dtype) if mask.dtype != torch.bool else mask.gather(1, columns) & valid
     batch, slots = columns.shape

@@ -109,7 +109,7 @@ class RowMap:
 
         All heads hold equally many entries: a token that none of them has lost is at the same slot in each.
         """
-        held = self.prefix[sample]
+        held, logical = self.prefix[sample], logical.to(self.prefix.device)
         if logical.ndim == 1:
             return self._search(held[0], logical)
         return self._search(held.expand(logical.shape[0], -1), logical)

@@ -65,8 +65,9 @@ def prefill(
         if selection.merge is not None:
             rows = sequence.slots(image.sample, image.places[image.alive])
             changes.append(functools.partial(_merge_rows, sample=image.sample, rows=rows, selection=selection))
-        kept.append((image, selection.keep))
-        image.steps.append(Step("prefill", layer, image.count, image.alive[selection.keep], clock.stop()))
+        keep = selection.keep.to(image.alive.device)
+        kept.append((image, keep))
+        image.steps.append(Step("prefill", layer, image.count, image.alive[keep], clock.stop()))
     changes.append(Take(sequence.drop(kept)))
     if signals is not None:
         signals.forget(layer - 1, [s for s in signals.wanted.get(layer - 1, ()) if s.layer is None])
@@ -96,11 +97,13 @@ def _layer_tokens(
         values[signal] = signals.of(signal, source, image.sample, signals.slots(signal, source, image))
         if not isinstance(signal, (QueryAttention, ReceivedAttention)):
             rows[signal] = signals.rows_of(signal, source, image.sample, logical, length)
+    for tensors in (values, rows, image.notes):
+        _move(tensors, hidden.device)
     return LayerTokens(
         layer=layer,
         hidden=hidden[image.sample, size - length :].detach(),
-        visual=sequence.slots(image.sample, image.places[image.alive]) - (size - length),
-        positions=image.alive,
+        visual=(sequence.slots(image.sample, image.places[image.alive]) - (size - length)).to(hidden.device),
+        positions=image.alive.to(hidden.device),
         last=length - 1 - drafts,
         count=image.chosen.plan.prefill[layer],
         layout=image.chosen.layout,
@@ -109,6 +112,11 @@ def _layer_tokens(
         row_signals=rows,
         notes=image.notes,
     )
+
+
+def _move(tensors: dict[Any, Tensor], device: torch.device) -> None:
+    """Layers may lie on several devices; what a method is shown together lies on one."""
+    tensors.update({name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def _check(method: Method, selection: Selection, count: int, present: int, where: str) -> None:
@@ -121,7 +129,7 @@ def _check(method: Method, selection: Selection, count: int, present: int, where
 
 
 def _merge_rows(hidden: Tensor, sample: int, rows: Tensor, selection: Selection) -> Tensor:
-    changed = hidden.clone()
+    changed, rows = hidden.clone(), rows.to(hidden.device)
     changed[sample] = hidden[sample].index_copy(0, rows, merged(hidden[sample, rows], selection))
     return changed
 
@@ -147,7 +155,7 @@ class Entries:
 
     def slots(self, row_map: RowMap | None) -> Tensor:
         """Where the entries are in the layer's cache: ``(N,)`` or ``(kv_heads, N)``."""
-        logical = self.places[self.alive]
+        logical = self.places[self.alive.to(self.places.device)]
         return logical if row_map is None else row_map.find(self.sample, logical)
 
 
@@ -172,7 +180,8 @@ def evict(
         if count is None or (count >= entry.count and not method.adaptive):
             continue
         clock = Clock(store.keys.device)
-        slots = entry.slots(row_map)
+        slots = entry.slots(row_map).to(store.keys.device)
+        entry.alive = entry.alive.to(store.keys.device)
         with torch.no_grad():
             selection = method.evict(_cache_tokens(method, parts, signals, store, layer, entry, slots, count, new_tokens))
         _check(method, selection, count, entry.count, f"in the cache of LLM layer {layer}")
@@ -204,6 +213,7 @@ def _cache_tokens(
         for signal in (method.wants(parts.shape) if signals is not None else ())
         if signals is not None and signals.holds(signal, layer)
     }
+    _move(entry.image.notes, store.keys.device)
     return CacheTokens(
         layer=layer,
         keys=store.keys[entry.sample].gather(1, index),
@@ -228,7 +238,7 @@ def _pick(values: Tensor, keep: Tensor) -> Tensor:
 
 def _rewrite(store: Any, row_map: RowMap, length: int, kept: list[tuple[Entries, Tensor, Tensor]]) -> RowMap:
     """Closes the gaps in a layer's keys and values; returns the row map of what is left."""
-    logical = row_map.entries(length - row_map.dropped)
+    logical = row_map.entries(length - row_map.dropped).to(store.keys.device)
     if any(stay.ndim == 2 for _, _, stay in kept):
         logical = logical.expand(-1, store.keys.shape[1], -1)
     alive = (logical >= 0).contiguous()

@@ -46,7 +46,7 @@ class TextSignals:
     def of(self, signal: Signal, layer: int, sample: int, slots: Tensor) -> Tensor:
         """The values of the entries at ``slots (N,)`` of the layer's cache, or at others for each head, ``(kv_heads, N)``."""
         _, value = self.measured[layer, signal]
-        value = value[sample]
+        value, slots = value[sample], slots.to(value.device)
         if not isinstance(signal, (QueryAttention, ReceivedAttention)):
             # What this pass has added is at the same slots in all heads.
             own = slots if slots.ndim == 1 else slots[0]
@@ -77,7 +77,7 @@ class TextSignals:
         if logical is None:
             return value[sample].narrow(-2, value.shape[-2] - count, count)
         assert self.sequence is not None
-        return value[sample].index_select(-2, self.sequence.slots(sample, logical, version))
+        return value[sample].index_select(-2, self.sequence.slots(sample, logical, version).to(value.device))
 
     def forget(self, layer: int, signals: Iterable[Signal]) -> None:
         for signal in signals:
@@ -124,14 +124,14 @@ class TextSignals:
     def _rows(self, call: Call) -> Tensor:
         """Rows ``(B, n)`` of the pass."""
         if self.sequence is not None:
-            return self.sequence.all_rows()
+            return self.sequence.all_rows().to(call.query.device)
         return torch.arange(call.query.shape[2], device=call.query.device).expand(call.query.shape[0], -1)
 
     def _queries(self, signal: QueryAttention, call: Call) -> Tensor:
         if signal.queries == "last":
             last = call.query.shape[2] - self.drafts
             return self._rows(call)[:, last - 1 : last]
-        rows = self._rows(call) if self.sequence is None else self.sequence.text_rows(self.drafts)
+        rows = self._rows(call) if self.sequence is None else self.sequence.text_rows(self.drafts).to(call.query.device)
         return rows if signal.queries == "text" else rows[:, -int(signal.queries) :]
 
     def _hook(self, layer: int, signal: Hidden | ModuleDelta) -> None:
