@@ -52,7 +52,7 @@ class Report:
     and their mean over its layers. ``cached``: mean over layers of their entries in the KV cache after that forward.
     ``flops``: multiplications and additions of vision encoder, projector and LLM layers in it, see :mod:`vlprune.flops`;
     what a method itself computes is not among them. ``kv_bytes``: bytes of KV cache that hold a token after it; a static
-    cache takes its full size all the same.
+    cache takes its full size all the same, and a layer with a sliding window no more than its window.
     """
 
     method: dict[str, Any]
