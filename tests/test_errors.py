@@ -113,6 +113,13 @@ def test_a_language_model_with_recurrent_layers(make):
     refuses(model, vlprune.UnsupportedModelError, "layers of type linear_attention", "full attention", "mix the tokens")
 
 
+def test_windows_under_flash_attention():
+    """The kernel counts the rows of a window: with rows gone it would reach too far back."""
+    model = zoo.build("gemma3")
+    model.config.get_text_config()._attn_implementation = "flash_attention_2"
+    refuses(model, vlprune.UnsupportedModelError, "sliding-window", "flash_attention_2", "attn_implementation='sdpa'")
+
+
 def test_a_smaller_image_for_an_encoder_that_cannot_see_one():
     model = zoo.build("gemma3")
     refuses(model, vlprune.UnsupportedMethodError, "resize", "smaller image", "Gemma 3", "uniform", method="resize")

@@ -14,19 +14,17 @@ from torch import Tensor
 
 from vlprune.errors import BudgetError, OptionError
 from vlprune.image import ImageLayout, ImageTokens, LayerTokens, ModelShape, VisionTokens
-from vlprune.integrations.llava import _anyres, _single
-from vlprune.method import _methods
+from vlprune.integrations.llava import anyres, single
 from vlprune.methods.flowcut import CLS, CLS_VALUE, LAST, MEAN, PATCH_VALUES, TEXT_VALUES, FlowCut
 from vlprune.signals import ClsAttention, MeanAttention
-
 
 SHAPE = ModelShape(vision_layers=8, text_layers=4, feature_layer=6, has_cls=True)
 LLAVA = ModelShape(vision_layers=24, text_layers=32, feature_layer=22, has_cls=True)
 LAYOUTS = {
-    "one tile": lambda: _single(6),
-    "2 x 2 crops": lambda: _anyres(56, 56, 4, 28, ((56, 56),)),
-    "1 x 3 crops, padded": lambda: _anyres(30, 84, 4, 28, ((56, 84),)),
-    "padded left and right": lambda: _anyres(84, 20, 4, 28, ((84, 28), (56, 28))),
+    "one tile": lambda: single(6),
+    "2 x 2 crops": lambda: anyres(56, 56, 4, 28, ((56, 56),)),
+    "1 x 3 crops, padded": lambda: anyres(30, 84, 4, 28, ((56, 84),)),
+    "padded left and right": lambda: anyres(84, 20, 4, 28, ((84, 28), (56, 28))),
 }
 LAYOUT_CASES = pytest.mark.parametrize("layout", [make() for make in LAYOUTS.values()], ids=LAYOUTS)
 WIDTH = 5
@@ -177,7 +175,7 @@ def test_as_many_tokens_enter_as_planned(layout, schedule):
 
 
 def test_of_equal_patches_the_first_ones_stay():
-    layout = _single(4)
+    layout = single(4)
     data = [tuple(torch.ones(1, 2, 17, WIDTH) for _ in range(3)) for _ in range(6)]
     for schedule in ("entropy", "even"):
         for patches in run(FlowCut(target=5, schedule=schedule), layout, SHAPE, data):
@@ -186,7 +184,7 @@ def test_of_equal_patches_the_first_ones_stay():
 
 def test_even_attention_drops_nothing_before_the_end_and_sharp_attention_early():
     """An entropy of ln n leaves all; one of 0 drops (n - T) / sqrt(blocks left)."""
-    layout = _single(4)
+    layout = single(4)
     method = FlowCut(target=5)
     even = [tuple(torch.ones(1, 2, 17, WIDTH) for _ in range(3)) for _ in range(6)]
     assert [seen.shape[1] for seen in run(method, layout, SHAPE, even)] == [16, 16, 16, 16, 16, 5]
@@ -198,7 +196,7 @@ def test_even_attention_drops_nothing_before_the_end_and_sharp_attention_early()
 
 
 def test_attention_of_zero_is_no_nan():
-    layout = _single(4)
+    layout = single(4)
     attention = torch.zeros(1, 2, 16)
     attention[:, :, 3] = 1.0
     values = torch.ones(1, 2, 16, WIDTH)
@@ -213,7 +211,7 @@ def test_attention_of_zero_is_no_nan():
 
 def test_the_official_blocks():
     """LLaVA-1.5: pruned after blocks 1, 3, ..., 21, to T before the features' block 22."""
-    layout = _single(24)
+    layout = single(24)
     method = FlowCut(target=64, schedule="even")
     assert list(method.encode_layers(layout, LLAVA)) == list(range(22))
     patches, carry, counts = torch.arange(576)[None], {}, {}
@@ -286,7 +284,7 @@ def layer_tokens(layout: ImageLayout, count: int, seed: int, heads: int, kv_head
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (4, 1)])
 def test_the_llm_keeps_what_the_definition_says(heads, kv_heads, seed):
-    tokens, (query, key, value) = layer_tokens(_single(6), 7, seed, heads, kv_heads)
+    tokens, (query, key, value) = layer_tokens(single(6), 7, seed, heads, kv_heads)
     visual, scale = tokens.visual.tolist(), math.sqrt(WIDTH)
     groups = [h // (heads // kv_heads) for h in range(heads)]
     inflow = mean([softmax([dot(query[h], key[g][j]) / scale for j in visual]) for h, g in enumerate(groups)])
@@ -297,7 +295,7 @@ def test_the_llm_keeps_what_the_definition_says(heads, kv_heads, seed):
 
 
 def test_of_equal_tokens_in_the_llm_the_first_ones_stay():
-    tokens, _ = layer_tokens(_single(6), 7, 0, 4, 2)
+    tokens, _ = layer_tokens(single(6), 7, 0, 4, 2)
     tokens.signals[LAST] = torch.full_like(tokens[LAST], 0.01)
     tokens.row_signals[TEXT_VALUES] = torch.ones_like(tokens.rows(TEXT_VALUES))
     assert FlowCut(target=7).prefill(tokens).keep.tolist() == list(range(7))
@@ -305,7 +303,7 @@ def test_of_equal_tokens_in_the_llm_the_first_ones_stay():
 
 def test_an_image_that_gets_no_attention_is_ranked_by_its_values():
     """A row of zeros, after underflow, gives no NaN."""
-    tokens, _ = layer_tokens(_single(6), 7, 0, 4, 2)
+    tokens, _ = layer_tokens(single(6), 7, 0, 4, 2)
     tokens.signals[LAST] = torch.zeros_like(tokens[LAST])
     assert len(FlowCut(target=7).prefill(tokens).keep) == 7
 
@@ -314,15 +312,15 @@ def test_an_image_that_gets_no_attention_is_ranked_by_its_values():
 
 
 def test_the_papers_counts():
-    crops = _anyres(672, 672, 24, 336, ((672, 672),))
-    assert [FlowCut(target=t).plan(_single(24), LLAVA) for t in (192, 128, 64)] == [
-        FlowCut(budget=t).plan(_single(24), LLAVA) for t in (192, 128, 64)
+    crops = anyres(672, 672, 24, 336, ((672, 672),))
+    assert [FlowCut(target=t).plan(single(24), LLAVA) for t in (192, 128, 64)] == [
+        FlowCut(budget=t).plan(single(24), LLAVA) for t in (192, 128, 64)
     ]
-    plan = FlowCut(target=64).plan(_single(24), LLAVA)
+    plan = FlowCut(target=64).plan(single(24), LLAVA)
     assert (plan.entering, plan.prefill, plan.cached) == (64, {}, {})
     plan = FlowCut(target=320).plan(crops, LLAVA)
     assert (plan.entering, plan.prefill) == (5 * 160, {2: 320})
-    plan = FlowCut(target=64).plan(_single(24), replace(LLAVA, has_cls=False))
+    plan = FlowCut(target=64).plan(single(24), replace(LLAVA, has_cls=False))
     assert (plan.entering, plan.prefill) == (128, {2: 64})
     assert FlowCut(target=64).count(576) == 64
 
@@ -363,7 +361,7 @@ def test_a_full_budget_plans_nothing(layout):
 
 
 def test_a_budget_that_tiles_cannot_meet_is_an_error():
-    layout = _anyres(672, 672, 24, 336, ((672, 672),))
+    layout = anyres(672, 672, 24, 336, ((672, 672),))
     with pytest.raises(BudgetError, match=r"budget=1 allows 1 of .* flowcut allows 2 to 2928.* raise the budget"):
         FlowCut(budget=1).plan(layout, LLAVA)
 
@@ -403,7 +401,7 @@ def test_an_even_schedule_never_waits_for_the_device(layout):
     with torch.device("meta"):
         left = run(method, layout, SHAPE, data)[-1]
     assert left.shape == (layout.tiles, in_each_tile(9, layout, SHAPE))
-    tokens, _ = layer_tokens(_single(6), 7, 0, 4, 2)
+    tokens, _ = layer_tokens(single(6), 7, 0, 4, 2)
     signals, rows = ({s: t.to("meta") for s, t in kind.items()} for kind in (tokens.signals, tokens.row_signals))
     tokens = replace(tokens, visual=tokens.visual.to("meta"), signals=signals, row_signals=rows)
     assert len(method.prefill(tokens).keep) == 7

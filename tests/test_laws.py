@@ -112,8 +112,9 @@ def test_law_4_budgets_are_met_exactly_and_known_before(family, method, options,
         with vlprune.applied(model, made), torch.no_grad():
             model(**inputs)
             images, patch = vlprune.report(model).images, model._vlprune
-    except vlprune.BudgetError as error:
-        assert method in zoo.LEAST, error
+    except vlprune.BudgetError:
+        if method not in zoo.LEAST:
+            raise
         return
     plans = [made.plan(image.chosen.layout, patch.parts.shape) for image in patch.prefill.images]
     assert len(images) == len(plans) > 0

@@ -15,20 +15,19 @@ from torch import Tensor
 
 from vlprune.errors import BudgetError, OptionError
 from vlprune.image import CacheTokens, ImageLayout, ImageTokens, LayerTokens, ModelShape, VisionTokens
-from vlprune.integrations.llava import _anyres, _single
-from vlprune.method import Selection, _methods
+from vlprune.integrations.llava import anyres, single
+from vlprune.method import Selection
 from vlprune.methods.mustdrop import CLS, MEAN, TEXT, MustDrop
-
 
 SHAPE = ModelShape(vision_layers=4, text_layers=8, feature_layer=2, has_cls=True)
 LLAVA = ModelShape(vision_layers=24, text_layers=32, feature_layer=22, has_cls=True)
 LAYOUTS = {
-    "one tile": lambda: _single(9),
-    "a grid that 3 does not divide": lambda: _single(8),
-    "2 x 2 crops": lambda: _anyres(84, 84, 6, 42, ((84, 84),)),
-    "1 x 3 crops, padded": lambda: _anyres(60, 126, 6, 42, ((84, 126),)),
-    "windows in the padding": lambda: _anyres(189, 63, 9, 63, ((126, 126),)),
-    "much padding": lambda: _anyres(126, 24, 6, 42, ((126, 42), (84, 42))),
+    "one tile": lambda: single(9),
+    "a grid that 3 does not divide": lambda: single(8),
+    "2 x 2 crops": lambda: anyres(84, 84, 6, 42, ((84, 84),)),
+    "1 x 3 crops, padded": lambda: anyres(60, 126, 6, 42, ((84, 126),)),
+    "windows in the padding": lambda: anyres(189, 63, 9, 63, ((126, 126),)),
+    "much padding": lambda: anyres(126, 24, 6, 42, ((126, 42), (84, 42))),
 }
 LAYOUT_CASES = pytest.mark.parametrize("layout", [make() for make in LAYOUTS.values()], ids=LAYOUTS)
 THRESHOLDS = {"global_threshold": 0.02, "individual_threshold": 0.03}
@@ -160,7 +159,7 @@ def test_a_budget_merges_the_windows_that_are_most_alike(layout, budget, seed):
 
 @pytest.mark.parametrize("side", [2, 3, 4])
 def test_windows_of_other_sizes(side):
-    layout = _single(9)
+    layout = single(9)
     hidden = hidden_states(layout, 0)
     alike = alike_by_hand(layout, hidden, side)
     merges = len(alike[0]) // 2
@@ -171,7 +170,7 @@ def test_windows_of_other_sizes(side):
 
 
 def test_of_equal_windows_the_first_ones_are_merged():
-    layout = _single(9)
+    layout = single(9)
     hidden = torch.ones(1, 81, 4)
     selection = MustDrop(budget=0.4).encode(vision(layout, hidden))
     assert selection is not None
@@ -181,7 +180,7 @@ def test_of_equal_windows_the_first_ones_are_merged():
 
 
 def test_a_grid_smaller_than_a_window_is_left_alone():
-    layout = _single(2)
+    layout = single(2)
     hidden = torch.ones(1, 4, 4)
     assert MustDrop(**THRESHOLDS).encode(vision(layout, hidden)) is None
     assert list(MustDrop(budget=0.5).encode_layers(layout, SHAPE)) == []
@@ -189,7 +188,7 @@ def test_a_grid_smaller_than_a_window_is_left_alone():
 
 def test_the_official_windows():
     """24 x 24 patches have 64 windows; 16 of them are a quarter."""
-    layout = _single(24)
+    layout = single(24)
     assert MustDrop(budget=0.2).plan(layout, LLAVA).entering == 576 - 16 * 8
     selection = MustDrop(**THRESHOLDS).encode(vision(layout, torch.ones(1, 576, 4), LLAVA))
     assert selection is not None
@@ -229,7 +228,7 @@ def test_the_key_set_is_what_the_encoder_looks_at(layout, cls, rate, seed):
 
 def test_the_official_key_set():
     """ceil(0.08 * 576) = 47 of LLaVA-1.5's patches, of equal ones the first."""
-    layout = _single(24)
+    layout = single(24)
     image = ImageTokens(torch.zeros(576, 2), layout, 576, {CLS: torch.full((1, 2, 576), 1 / 577)})
     assert MustDrop(budget=1.0).select(image).keep.tolist() == list(range(576))
     assert image.notes["key_set"].nonzero()[:, 0].tolist() == list(range(47))
@@ -326,7 +325,7 @@ def test_the_llm_loses_what_the_definition_says(layout, mode, seed):
 
 
 def test_equal_tokens_of_the_llm_stay_in_order():
-    layout = _single(9)
+    layout = single(9)
     image = after_encoder(layout, 0, share=1.0)
     image.signals[CLS] = torch.zeros_like(image[CLS])
     image[CLS][:, :, [40, 41]] = 1.0
@@ -338,7 +337,7 @@ def test_equal_tokens_of_the_llm_stay_in_order():
 
 def test_each_threshold_alone_drops_nothing():
     """A token goes only if the text as a whole and each of its tokens look elsewhere."""
-    layout = _single(9)
+    layout = single(9)
     image = after_encoder(layout, 0, share=1.0)
     signal = torch.zeros(1, 6, 81)
     signal[0, :, :27] = 0.01  # 0.06 in sum, of 3.24
@@ -355,18 +354,18 @@ def test_each_threshold_alone_drops_nothing():
 
 def test_the_official_layers():
     """After 2, 6, 10 and 14 of 32; the caches of 2 to 14 lose what does not survive."""
-    plan = MustDrop(budget=128).plan(_single(24), LLAVA)
+    plan = MustDrop(budget=128).plan(single(24), LLAVA)
     assert list(plan.prefill) == [3, 7, 11, 15]
     assert list(plan.cached) == list(range(2, 15))
     assert set(plan.cached.values()) == {plan.prefill[15]}
-    plan = MustDrop(**THRESHOLDS).plan(_single(24), LLAVA)
+    plan = MustDrop(**THRESHOLDS).plan(single(24), LLAVA)
     assert (plan.entering, plan.prefill) == (576, dict.fromkeys([3, 7, 11, 15], 576))
     assert plan.cached == dict.fromkeys(range(2, 15), 576)
 
 
 def test_layers_scale_with_the_model_or_are_given():
     def starts(depth: int, **options: Any) -> list[int]:
-        return list(MustDrop(budget=0.4, **options).plan(_single(24), replace(LLAVA, text_layers=depth)).prefill)
+        return list(MustDrop(budget=0.4, **options).plan(single(24), replace(LLAVA, text_layers=depth)).prefill)
 
     assert starts(28) == [3, 6, 10, 13]
     assert starts(40) == [3, 9, 13, 19]  # 2.5 and 7.5, 12.5 and 17.5 round to even numbers
@@ -416,7 +415,7 @@ def test_a_full_budget_plans_nothing(layout):
 
 
 def test_windows_are_merged_as_the_budget_needs_it():
-    layout = _single(24)
+    layout = single(24)
     entering = lambda **options: MustDrop(**options).plan(layout, LLAVA).entering  # noqa: E731
     assert entering(budget=300) == 576 - 16 * 8
     assert entering(budget=300, merge_share=0.5) == 576 - 32 * 8
@@ -459,7 +458,7 @@ def test_wrong_options_are_refused(options, message):
 
 def test_layers_that_the_model_does_not_have_are_refused():
     with pytest.raises(OptionError, match="this LLM has 8 layers, so allowed are 0 to 6"):
-        MustDrop(layers=(2, 7)).plan(_single(9), SHAPE)
+        MustDrop(layers=(2, 7)).plan(single(9), SHAPE)
 
 
 def test_its_options_survive_json():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,12 +85,10 @@ def _place(module: Any) -> tuple[dict[str, Any], str, Any, bool]:
 @contextmanager
 def watching(watchers: Mapping[nn.Module, Watcher]) -> Iterator[None]:
     """Inside the block ``watchers[module]`` is told of each call that an attention module makes to its kernel."""
-    entries = [_enter(module, watcher) for module, watcher in watchers.items()]
-    try:
+    with ExitStack() as stack:
+        for module, watcher in watchers.items():
+            stack.callback(_leave, module, watcher, _enter(module, watcher))
         yield
-    finally:
-        for (module, watcher), entry in zip(watchers.items(), entries, strict=True):
-            _leave(module, watcher, entry)
 
 
 def _enter(module: nn.Module, watcher: Watcher) -> _Entry:
@@ -129,15 +127,18 @@ def rows(call: Call, queries: Tensor) -> Tensor:
     """
     index = queries.clamp(min=0)
     batch, heads, _, width = call.query.shape
-    query = call.query.gather(2, index[:, None, :, None].expand(batch, heads, -1, width)).float()
+    query = call.query.gather(2, index[:, None, :, None].expand(batch, heads, -1, width)).float() * call.scaling
     groups = call.key.shape[1]
     grouped = query.view(batch, groups, heads // groups, -1, width)
-    scores = torch.einsum("bgirc,bgkc->bgirk", grouped, call.key.float()).flatten(1, 2) * call.scaling
+    # In place from here on: one tensor of the result's size is all that is needed.
+    scores = torch.einsum("bgirc,bgkc->bgirk", grouped, call.key.float()).flatten(1, 2)
     softcap = call.options.get("softcap")
     if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    scores = _masked(scores, call, index)
-    return scores.softmax(-1).masked_fill((queries < 0)[:, None, :, None], 0.0)
+        scores.div_(softcap).tanh_().mul_(softcap)
+    _mask(scores, call, index)
+    scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+    scores.div_(scores.sum(-1, keepdim=True))
+    return scores.masked_fill_((queries < 0)[:, None, :, None], 0.0)
 
 
 def received(call: Call, queries: Tensor) -> Tensor:
@@ -151,8 +152,8 @@ def received(call: Call, queries: Tensor) -> Tensor:
     return total / (queries >= 0).sum(1).clamp(min=1)[:, None, None]
 
 
-def _masked(scores: Tensor, call: Call, index: Tensor) -> Tensor:
-    """``scores (B, heads, R, k)`` with what the queries at ``index`` may not see at minus infinity."""
+def _mask(scores: Tensor, call: Call, index: Tensor) -> None:
+    """Sets ``scores (B, heads, R, k)`` of what the queries at ``index`` may not see to minus infinity."""
     mask, keys = call.mask, scores.shape[-1]
     seen = None
     if mask is None or (torch.is_tensor(mask) and mask.ndim == 2):
@@ -164,12 +165,17 @@ def _masked(scores: Tensor, call: Call, index: Tensor) -> Tensor:
             real = mask[:, -keys:].bool()[:, None]
             real = torch.nn.functional.pad(real, (0, keys - real.shape[-1]))
             seen = real if seen is None else seen & real
-        return scores if seen is None else scores.masked_fill(~seen[:, None], -torch.inf)
-    if torch.is_tensor(mask):
+        if seen is not None:
+            scores.masked_fill_(~seen[:, None], -torch.inf)
+    elif torch.is_tensor(mask):
         chosen = mask.expand(scores.shape[0], *mask.shape[1:])[..., :keys]
         chosen = chosen.gather(2, index[:, None, :, None].expand(-1, chosen.shape[1], -1, chosen.shape[3]))
-        return scores.masked_fill(~chosen, -torch.inf) if chosen.dtype == torch.bool else scores + chosen
-    # A block mask of flex attention tells about single pairs.
-    batch = torch.arange(scores.shape[0], device=scores.device)[:, None, None]
-    pairs = mask.mask_mod(batch, torch.zeros_like(batch), index[:, :, None], torch.arange(keys, device=scores.device))
-    return scores.masked_fill(~pairs.expand(scores.shape[0], index.shape[1], keys)[:, None], -torch.inf)
+        if chosen.dtype == torch.bool:
+            scores.masked_fill_(~chosen, -torch.inf)
+        else:
+            scores.add_(chosen)
+    else:
+        # A block mask of flex attention tells about single pairs.
+        batch = torch.arange(scores.shape[0], device=scores.device)[:, None, None]
+        pairs = mask.mask_mod(batch, torch.zeros_like(batch), index[:, :, None], torch.arange(keys, device=scores.device))
+        scores.masked_fill_(~pairs.expand(scores.shape[0], index.shape[1], keys)[:, None], -torch.inf)

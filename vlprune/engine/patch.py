@@ -10,7 +10,7 @@ from torch import nn
 from vlprune.engine.decoder import DecoderHooks, Prefill
 from vlprune.engine.encoder import EncoderHooks
 from vlprune.engine.family import Family, Parts
-from vlprune.errors import UnsupportedMethodError
+from vlprune.errors import UnsupportedMethodError, UnsupportedModelError
 from vlprune.image import ModelShape
 from vlprune.method import Method, methods
 from vlprune.signals import ClsAttention
@@ -62,12 +62,21 @@ def uninstall(model: nn.Module) -> bool:
 
 
 def check(method: Method, parts: Parts) -> None:
-    """Raises :class:`UnsupportedMethodError` where ``method`` needs what the model does not have."""
+    """Raises :class:`UnsupportedMethodError` where ``method`` needs what the model does not have.
+
+    Raises :class:`UnsupportedModelError` where no row may leave.
+    """
     missing = [stage for stage in method.stages if stage not in parts.family.stages]
     if missing:
         raise UnsupportedMethodError(
             f"{method.name} acts in the stage {', '.join(missing)}, but {parts.family.name} is supported in "
             f"{', '.join(parts.family.stages)} only"
+        )
+    implementation = parts.text.config._attn_implementation or ""
+    if "flash" in implementation and "sliding_attention" in (getattr(parts.text.config, "layer_types", None) or ()):
+        raise UnsupportedModelError(
+            f"this model has sliding-window layers, and its attention implementation {implementation} counts the rows of "
+            "a window, not positions, so rows must not leave; load it with attn_implementation='sdpa'"
         )
     for signal in method.wants(parts.shape):
         if isinstance(signal, ClsAttention) and not parts.has_cls:

@@ -26,14 +26,14 @@ def pinpoints(model: nn.Module) -> tuple[tuple[int, int], ...]:
 
 
 def llava_layouts(model: nn.Module, arguments: dict[str, Any]) -> list[ImageLayout]:
-    return [_single(patches_per_side(model))] * arguments["pixel_values"].shape[0]
+    return [single(patches_per_side(model))] * arguments["pixel_values"].shape[0]
 
 
 def llava_next_layouts(model: nn.Module, arguments: dict[str, Any]) -> list[ImageLayout]:
     config: Any = model.config
     side, tile, allowed = patches_per_side(model), config.vision_config.image_size, pinpoints(model)
     sizes = torch.as_tensor(arguments["image_sizes"]).tolist()
-    return [_anyres(height, width, side, tile, allowed) for height, width in sizes]
+    return [anyres(height, width, side, tile, allowed) for height, width in sizes]
 
 
 def next_video_layouts(model: nn.Module, arguments: dict[str, Any]) -> list[ImageLayout]:
@@ -57,7 +57,7 @@ def next_video_groups(model: nn.Module, grid: tuple[int, int]) -> Tensor:
 
 
 @remembered
-def _single(side: int) -> ImageLayout:
+def single(side: int) -> ImageLayout:
     indices = torch.arange(side * side)
     return ImageLayout(
         total=side * side,
@@ -70,7 +70,7 @@ def _single(side: int) -> ImageLayout:
 
 
 @remembered
-def _anyres(
+def anyres(
     height: int, width: int, side: int, tile: int, pinpoints: tuple[tuple[int, int], ...], most: int | None = None
 ) -> ImageLayout:
     """Thumbnail first, then the crops as one picture without its padding, a row end behind each of its rows.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vlprune.engine.family import Family, register, single_patches
 from vlprune.image import ImageLayout, centres
 from vlprune.integrations.layouts import TESTED, tiles_in_a_row
-from vlprune.integrations.llava import _anyres, frames_of, patches_per_side, pinpoints
+from vlprune.integrations.llava import anyres, frames_of, patches_per_side, pinpoints
 
 
 def layouts(model: nn.Module, arguments: dict[str, Any]) -> list[ImageLayout]:
@@ -26,7 +26,7 @@ def layouts(model: nn.Module, arguments: dict[str, Any]) -> list[ImageLayout]:
     if numbers is not None:
         alone = [number == 1 for number in torch.as_tensor(numbers).tolist() for _ in range(number)]
     return [
-        _anyres(height, width, side, tile, allowed, most) if tiled else tiles_in_a_row(1, (side, side), separators=1)
+        anyres(height, width, side, tile, allowed, most) if tiled else tiles_in_a_row(1, (side, side), separators=1)
         for (height, width), tiled in zip(sizes, alone, strict=True)
     ]
 
