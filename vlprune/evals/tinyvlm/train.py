@@ -84,7 +84,7 @@ SIBLINGS: dict[str, tuple[Architecture, tuple[Stage, ...]]] = {
         (
             Stage("crops", 550, 48, rate=1.5e-3, encoder_rate=1.5e-3, crops=True),
             Stage("encoder", 250, 16, rate=7e-4, encoder_rate=7e-4),
-            Stage("vlm", 1000, 32, rate=1e-3, encoder_rate=2e-4, unfreeze=700, captions=0.2, zeros=0.5, pointing=0.5),
+            Stage("vlm", 950, 32, rate=1e-3, encoder_rate=4e-4, unfreeze=500, captions=0.2, zeros=0.5, pointing=0.5),
         ),
     ),
 }
