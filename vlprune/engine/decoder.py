@@ -139,6 +139,7 @@ class DecoderHooks:
         self.forward: Forward | None = None
         self.prefill: Prefill | None = None
         self.drafts = 0
+        self.unpadded = False
 
     def install(self) -> list[Any]:
         base, text = self.parts.base, self.parts.text
@@ -169,6 +170,7 @@ class DecoderHooks:
     def enter_base(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         encoded = kwargs.get("mm_encoder_outputs")
         self.visual = None
+        self.unpadded = kwargs.get("attention_mask") is None
         caches.check(kwargs.get("past_key_values"))
         self.encoder.expect(encoded)
         input_ids = kwargs.get("input_ids", args[0] if args else None)
@@ -208,7 +210,8 @@ class DecoderHooks:
             images = placed(chosen, self.visual)
             self.prefill = Prefill(_distinct(images), batch, length, past)
             if pruning:
-                sequence = Sequence(images, self.visual, masks.padding(kwargs.get("attention_mask"), past, length, batch))
+                mask = None if self.unpadded else kwargs.get("attention_mask")
+                sequence = Sequence(images, self.visual, masks.padding(mask, past, length, batch))
         forward = self._begin(text, cache, sequence, batch, length, past)
         if sequence is None and not pruned:
             return None
@@ -433,8 +436,9 @@ def assign(chosen: list[Chosen], visual: Tensor) -> list[list[Chosen]]:
     """
     total = sum(choice.layout.total for choice in chosen)
     batch = visual.shape[0]
-    if batch == 1 and visual.is_cuda:
-        # Everything belongs to the one sequence; asking the device for its count would wait for it.
+    if batch == 1:
+        # Everything belongs to the one sequence; asking the device for its count would wait for it. The model itself compares
+        # features with placeholders.
         return [chosen]
     counts = visual.sum(1).tolist()
     copies, rest = divmod(sum(counts), total) if total else (0, 1)

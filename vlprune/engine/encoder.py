@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from vlprune.engine.family import IMAGE, MODALITIES, SEAMS, Parts
+from vlprune.engine.family import IMAGE, MODALITIES, SEAMS, VIDEO, Parts
 from vlprune.engine.features import features_of, put_together, restored, taken_apart, with_features
 from vlprune.engine.merging import merged
 from vlprune.engine.steps import Clock, Step
@@ -160,8 +160,21 @@ class EncoderHooks:
                     f"{type(self.model).__name__} was given {modality} features that were encoded before the method was "
                     "applied; encode them again, or pass the pixels"
                 )
+            self._check_whole(kind, out, choice)
             found[kind] = choice
         self.chosen = found or None
+
+    def _check_whole(self, kind: int, out: Any, chosen: list[Chosen]) -> None:
+        """Raises :class:`VLPruneError` for features that were cut; those of beams are copies of whole ones."""
+        tail = self.parts.family.tail if kind == VIDEO else None
+        behind = 0 if tail is None else tail(self.model).shape[0]
+        given = sum(piece.flatten(0, -2).shape[0] for piece in features_of(out))
+        totals = [choice.layout.total for choice in chosen]
+        if not any(given and total and given % total == 0 for total in (sum(totals), sum(totals) - behind * len(totals))):
+            raise VLPruneError(
+                f"{given} features of visual tokens were given where the images have {sum(totals)}: pass each prompt "
+                "whole and with its own images (a prefill in chunks cannot be pruned)"
+            )
 
     def _original(self, kind: int, arguments: dict[str, Any]) -> Any:
         """What :class:`ImageFeatures` stands in for. No bound method of it: torch.compile would take one for the stand-in."""
