@@ -18,7 +18,9 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     MistralConfig,
+    QuantizedCache,
     Qwen2Config,
+    StaticCache,
 )
 
 import vlprune
@@ -250,6 +252,85 @@ def test_a_cache_that_cannot_be_pruned(model, inputs, make):
         assert cache.get_seq_length() == 0
         model(**zoo.prompt("llava", (0,)))
     works(model, inputs)
+
+
+def offloaded(config: Any) -> Any:
+    """As if made with offloading=True, which wants a GPU."""
+    cache = DynamicCache(config=config)
+    cache.offloading = True
+    return cache
+
+
+REFUSED: dict[str, tuple[str, Any, str]] = {
+    "quantised": ("llava", lambda config: object.__new__(QuantizedCache), "of type QuantizedCache"),
+    "offloaded": ("llava", offloaded, "with offloading"),
+    "static with windows": (
+        "gemma3",
+        lambda config: StaticCache(config=config, max_cache_len=64),
+        "constant size with sliding-window",
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ["random", "fastv", "snapkv"])
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_cache_is_refused_before_the_encoder_runs(kind, method):
+    """Whatever the method's stage, by what is the matter with it."""
+    family, make, said = REFUSED[kind]
+    model, ran = zoo.build(family), []
+    model.model.vision_tower.register_forward_hook(lambda *_: ran.append(1))
+    cache = make(model.config.get_text_config())
+    with vlprune.applied(model, method, budget=0.8), torch.no_grad():
+        with pytest.raises(
+            vlprune.IncompatibleCacheError, match=f"{said}.*allowed are DynamicCache, StaticCache.*Pass one of"
+        ):
+            model(**zoo.prompt(family), past_key_values=cache, use_cache=True)
+        assert not ran
+
+
+def test_a_cache_that_generate_makes_is_refused_before_the_first_token():
+    model, heads = zoo.build("gemma3"), []
+    model.lm_head.register_forward_hook(lambda *_: heads.append(1))
+    with vlprune.applied(model, "random", budget=2), pytest.raises(vlprune.IncompatibleCacheError, match="sliding-window"):
+        zoo.generate(model, zoo.prompt("gemma3"), cache_implementation="static")
+    assert not heads
+
+
+@pytest.mark.parametrize("images", [0, 1])
+def test_a_cache_is_not_looked_at_where_nothing_is_to_be_dropped(images):
+    """Text alone, and a budget of 1.0: bit-identical."""
+    model, inputs = zoo.build("llava"), zoo.prompt("llava", (images,))
+    with torch.no_grad():
+        expected = model(**inputs, past_key_values=CustomCache()).logits
+        with vlprune.applied(model, "random", budget=1.0 if images else 3):
+            assert torch.equal(model(**inputs, past_key_values=CustomCache()).logits, expected)
+
+
+def test_a_budget_that_fastv_cannot_reach(inputs):
+    """Named with the range that it can: its ends work, and nothing below does."""
+    model, single = zoo.build("llava"), zoo.prompt("llava")
+    with torch.no_grad():
+        with vlprune.applied(model, "fastv", budget=2), pytest.raises(vlprune.BudgetError, match="allows 9 to 16.*0.562 to 1"):
+            model(**single)
+        for budget in (9, 0.563, 16, 1.0):
+            with vlprune.applied(model, "fastv", budget=budget):
+                model(**single)
+        with (
+            vlprune.applied(model, "fastv", budget=8),
+            pytest.raises(vlprune.BudgetError, match="allows 8 of .*raise the budget"),
+        ):
+            model(**single)
+
+
+@pytest.mark.parametrize("layer", [4, 99])
+def test_a_layer_of_the_llm_that_is_not_there(layer):
+    """Said before the encoder runs."""
+    model, ran = zoo.build("llava"), []
+    model.model.vision_tower.register_forward_hook(lambda *_: ran.append(1))
+    said = f"layer={layer}: this model's LLM has layers 0 to 3"
+    with vlprune.applied(model, vlprune.FastV(layer=layer, keep=0.5)), pytest.raises(vlprune.OptionError, match=said):
+        model(**zoo.prompt("llava"))
+    assert not ran
 
 
 @pytest.mark.parametrize("missing", [True, False])

@@ -171,7 +171,7 @@ class DecoderHooks:
         encoded = kwargs.get("mm_encoder_outputs")
         self.visual = None
         self.unpadded = kwargs.get("attention_mask") is None
-        caches.check(kwargs.get("past_key_values"))
+        self.encoder.cache = kwargs.get("past_key_values")
         self.encoder.expect(encoded)
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         embeddings = kwargs.get("inputs_embeds")
@@ -186,6 +186,7 @@ class DecoderHooks:
     def leave_base(self, module: nn.Module, args: tuple, out: Any) -> None:
         self.visual = None
         self.drafts = 0
+        self.encoder.cache = None
 
     # ------------------------------------------------------------------ text model
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
+from vlprune.engine import cache as caches
 from vlprune.engine.family import IMAGE, MODALITIES, SEAMS, VIDEO, Parts
 from vlprune.engine.features import features_of, put_together, restored, taken_apart, with_features
 from vlprune.engine.merging import merged
@@ -84,7 +85,8 @@ class EncoderHooks:
     """The encoder's side of a patch.
 
     ``chosen``: what was chosen for the images and videos of the forward under way, by kind, None where it has none.
-    ``latest``: what the last run of the encoder for each kind chose, inside of a forward or before it.
+    ``latest``: what the last run of the encoder for each kind chose, inside of a forward or before it. ``cache``: the one that
+    the forward under way was given.
     """
 
     def __init__(self, model: nn.Module, parts: Parts, method: Method):
@@ -98,6 +100,7 @@ class EncoderHooks:
         self.chosen: dict[int, list[Chosen]] | None = None
         self.latest: dict[int, list[Chosen]] = {}
         self.running = False
+        self.cache: Any = None
         self.shrunk: tuple[tuple[int, int], tuple[int, int]] | None = None
 
     def install(self) -> list[Any]:
@@ -161,6 +164,8 @@ class EncoderHooks:
                     "applied; encode them again, or pass the pixels"
                 )
             self._check_whole(kind, out, choice)
+            if not all(c.idle for c in choice):
+                caches.check(self.cache)
             found[kind] = choice
         self.chosen = found or None
 
@@ -183,8 +188,10 @@ class EncoderHooks:
     def _run(self, kind: int, arguments: dict[str, Any]) -> tuple[Any, list[Chosen]]:
         layouts = self.parts.family.seams[kind](self.model, arguments)
         plans = [self.method.plan(layout, self.parts.shape) for layout in layouts]
-        early = {"encode", "select"} & set(self.method.stages)
-        if not early or not any(map(self._asks, layouts, plans)):
+        asked = any(map(self._asks, layouts, plans))
+        if asked:
+            caches.check(self.cache)
+        if not asked or not {"encode", "select"} & set(self.method.stages):
             out = self._original(kind, arguments)
             return out, [Chosen(layout, None, layout.grid, plan) for plan, layout in zip(plans, layouts, strict=True)]
         grids = [self.method.encoder_grid(layout) for layout in layouts]
