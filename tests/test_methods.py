@@ -14,18 +14,18 @@ import vlprune
 from tests import zoo
 from vlprune.image import ImageLayout, ImageTokens, centres
 from vlprune.integrations.layouts import tiles_in_a_row
-from vlprune.integrations.llava import _anyres, _single
+from vlprune.integrations.llava import anyres, single
 from vlprune.method import _methods
 from vlprune.methods.hired import EARLY, LATE
 
 LAYOUTS = {
-    "one tile": lambda: _single(6),
-    "2 x 2 crops": lambda: _anyres(56, 56, 4, 28, ((56, 56),)),
-    "1 x 3 crops": lambda: _anyres(28, 84, 4, 28, ((28, 84),)),
-    "padded above and below": lambda: _anyres(30, 84, 4, 28, ((56, 84),)),
-    "padded left and right": lambda: _anyres(84, 20, 4, 28, ((84, 28), (56, 28))),
-    "LLaVA-NeXT 672 x 672": lambda: _anyres(672, 672, 24, 336, ((672, 672),)),
-    "a larger picture, resized": lambda: _anyres(84, 56, 4, 28, ((84, 56),), most=2),
+    "one tile": lambda: single(6),
+    "2 x 2 crops": lambda: anyres(56, 56, 4, 28, ((56, 56),)),
+    "1 x 3 crops": lambda: anyres(28, 84, 4, 28, ((28, 84),)),
+    "padded above and below": lambda: anyres(30, 84, 4, 28, ((56, 84),)),
+    "padded left and right": lambda: anyres(84, 20, 4, 28, ((84, 28), (56, 28))),
+    "LLaVA-NeXT 672 x 672": lambda: anyres(672, 672, 24, 336, ((672, 672),)),
+    "a larger picture, resized": lambda: anyres(84, 56, 4, 28, ((84, 56),), most=2),
     "frames of a video": lambda: tiles_in_a_row(3, (4, 6), separators=1),
 }
 
@@ -103,7 +103,7 @@ def test_hired_gives_half_of_the_budget_to_the_thumbnail_but_no_more_than_it_has
 
 def test_hired_of_llava_15_keeps_the_best_tokens_of_the_late_layer():
     """20 % of 576 patches are 115, 40 % are 230."""
-    layout = _single(24)
+    layout = single(24)
     for budget, count in ((0.2, 115), (0.4, 230)):
         img = image(layout, budget)
         keep = vlprune.HiRED(budget=budget).select(img).keep
@@ -231,7 +231,7 @@ def test_resize_gives_the_features_of_the_smaller_image(family):
         features = model(**inputs).image_hidden_states
         kept = vlprune.report(model).images[0].kept
     handle.remove()
-    layout = _single(4) if family != "llava_next" else _layout_of(model, inputs)
+    layout = single(4) if family != "llava_next" else _layout_of(model, inputs)
     rows, columns = method.encoder_grid(layout)
     assert rows * columns < 16
     features = features.flatten(0, -2)
