@@ -1,18 +1,23 @@
-"""apply, remove, applied, report."""
+"""apply, remove, applied, report.
+
+The engine is imported by the first call: it takes longer than everything else together, and not every process that imports
+vlprune prunes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
-from vlprune.engine.family import Family, families, family_of
-from vlprune.engine.patch import Patch, forget_compiled, patch_of, uninstall
 from vlprune.errors import NotAppliedError
 from vlprune.method import Method, make
 from vlprune.report import Report
+
+if TYPE_CHECKING:
+    from vlprune.engine.family import Family
 
 DEFAULT_METHOD, DEFAULT_BUDGET = "hired", 0.4
 """What ``apply(model)`` does."""
@@ -32,6 +37,8 @@ def apply(model: Model, method: str | Method | type[Method] | None = None, **opt
     Raises:
         UnsupportedModelError, UnsupportedMethodError, OptionError, BudgetError: the model is then as it was before.
     """
+    from vlprune.engine.patch import Patch, forget_compiled
+
     if method is None:
         method, options = DEFAULT_METHOD, {"budget": DEFAULT_BUDGET, **options}
     inner = _unwrapped(model)
@@ -47,6 +54,8 @@ def remove(model: Model) -> Model:
     Raises:
         NotAppliedError: there is nothing to remove.
     """
+    from vlprune.engine.patch import forget_compiled, uninstall
+
     if not uninstall(_unwrapped(model)):
         raise NotAppliedError(f"no method is applied to this {type(model).__name__}; vlprune.apply(model) applies one")
     forget_compiled(model)
@@ -56,6 +65,8 @@ def remove(model: Model) -> Model:
 @contextmanager
 def applied(model: Model, method: str | Method | type[Method] | None = None, **options: Any) -> Iterator[Model]:
     """``with applied(model, ...):`` prunes inside the block; a method applied before is back in place after it."""
+    from vlprune.engine.patch import Patch, forget_compiled, patch_of, uninstall
+
     inner = _unwrapped(model)
     before = patch_of(inner) if isinstance(inner, nn.Module) else None
     apply(model, method, **options)
@@ -74,6 +85,8 @@ def report(model: nn.Module) -> Report:
     Raises:
         NotAppliedError: no method is applied, or none has seen an image yet.
     """
+    from vlprune.engine.patch import patch_of
+
     patch = patch_of(_unwrapped(model))
     if patch is None:
         raise NotAppliedError(f"no method is applied to this {type(model).__name__}; vlprune.apply(model) applies one")
@@ -85,11 +98,14 @@ def report(model: nn.Module) -> Report:
 def supported_models() -> list[Family]:
     """The model families that :func:`apply` takes."""
     import vlprune.integrations  # noqa: F401  (registers the built-in ones)
+    from vlprune.engine.family import families
 
     return families()
 
 
 def _family(model: Any) -> Family:
+    from vlprune.engine.family import family_of
+
     supported_models()
     return family_of(model)
 
