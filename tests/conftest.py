@@ -5,6 +5,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+
+if not torch.cuda.is_available():
+    # Triton's interpreter runs the kernels on the CPU. It is chosen when Triton is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import transformers
 from hypothesis import settings
 

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vlprune
-from tests import kernels, zoo
+from tests import flash, zoo
 from tests.reference import Dropped, dropped, masked, text_layers
 from tests.test_generation import full_cache
 from vlprune.engine import attention
@@ -102,15 +102,15 @@ class Reader(Method):
 def kernel(request: Any) -> Iterator[str]:
     with ExitStack() as stack:
         if request.param == "flash":
-            yield stack.enter_context(kernels.registered())
+            yield stack.enter_context(flash.registered())
         elif request.param == "flex":
-            yield stack.enter_context(kernels.uncompiled())
+            yield stack.enter_context(flash.uncompiled())
         else:
             yield request.param
 
 
 def model_of(family: str, kernel: str, dtype: torch.dtype = torch.float64) -> Any:
-    return kernels.switch(_models(family, dtype), kernel)
+    return flash.switch(_models(family, dtype), kernel)
 
 
 @cache
@@ -413,8 +413,8 @@ def test_dropping_equals_masking_under_flash_attention(kernel, family, method, s
 
 
 def test_the_stand_in_leaves_nothing_in_transformers_tables():
-    with kernels.registered() as name:
+    with flash.registered() as name:
         assert name in ALL_ATTENTION_FUNCTIONS
-        watched(kernels.switch(zoo.build("llava"), name), vlprune.SnapKV(budget=0.4))
+        watched(flash.switch(zoo.build("llava"), name), vlprune.SnapKV(budget=0.4))
     assert name not in ALL_ATTENTION_FUNCTIONS
     assert not attention._tables

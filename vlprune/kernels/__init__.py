@@ -1,1 +1,9 @@
-"""Kernels for the hot path, each beside a PyTorch reference. Empty so far: the engine runs on plain PyTorch."""
+"""The operations of the hot path: a readable reference in PyTorch beside a Triton kernel for each.
+
+Every one is an operator of ``torch.library``, so that ``torch.compile`` and CUDA graphs go through it.
+"""
+
+from vlprune.kernels.dispatch import unavailable, using
+from vlprune.kernels.gather_rows import gather_rows
+
+__all__ = ["gather_rows", "unavailable", "using"]

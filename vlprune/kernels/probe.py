@@ -1,0 +1,16 @@
+"""The smallest kernel there is: where it runs, the others do."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _add_one(values):
+    tl.store(values, tl.load(values) + 1)
+
+
+def add_one(values: Tensor) -> Tensor:
+    """Adds one to the first of ``values``, in place."""
+    _add_one[(1,)](values)
+    return values
