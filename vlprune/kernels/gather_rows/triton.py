@@ -1,5 +1,8 @@
 """``gather_rows`` as one launch: a program copies a piece of one row of one tensor."""
 
+# A type checker does not follow how Triton calls a kernel.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence
