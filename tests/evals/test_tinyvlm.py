@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ def processor_of(architecture: Architecture) -> Any:
 
 def test_training_goes_on_where_it_was_cut_off(tmp_path, architecture):
     """Same weights, whether it ran through or was stopped in the middle of a stage."""
-    stages = (CROPS, *SHORT) if architecture is qwen.QWEN25_VL else SHORT
+    stages = (CROPS, SHORT[0], replace(SHORT[1], apart=True, positions=0.2)) if architecture is qwen.QWEN25_VL else SHORT
     through = Trainer(tmp_path / "through", stages, architecture=architecture)
     through.run()
     first = Trainer(tmp_path / "cut", stages, save_every=2, architecture=architecture)
@@ -126,7 +127,9 @@ def test_answers_point_at_what_shows_them(architecture):
     for index in range(20):
         picture = synthvqa.scene("train", index)
         for question in picture.questions:
-            seen = targets.pointed_at(picture, question, architecture)
+            both = targets.pointed_at(picture, question, architecture)
+            assert all(first == second for first, second in both)
+            seen = [first for first, _ in both]
             if question.kind in ("text", "form") or question.text.startswith("What is the value"):
                 assert len(seen) == len(question.answers[0])
                 assert all(seen)
@@ -135,6 +138,36 @@ def test_answers_point_at_what_shows_them(architecture):
                 assert seen
             for places in seen:
                 assert 0 <= min(places) <= max(places) < architecture.visual_tokens
+
+
+def test_what_is_compared_is_looked_at_apart(architecture):
+    """Of "Is the red cross left of the blue circle?" the first head is told the cross, the second one the circle."""
+    compared = 0
+    for index in range(20):
+        picture = synthvqa.scene("train", index, "scene")
+        for question in picture.questions:
+            union = targets.pointed_at(picture, question, architecture)
+            apart = targets.pointed_at(picture, question, architecture, apart=True)
+            if question.kind != "relation" or "colour" in question.text:
+                assert apart == union
+                continue
+            compared += 1
+            first, second = apart[0]
+            assert sorted({*first, *second}) == union[0][0]
+            named = sorted(
+                (item for item in picture.items if item.phrase in question.text), key=lambda i: question.text.index(i.phrase)
+            )
+            assert [first, second] == [sorted(architecture.places(item.box)) for item in named]
+    assert compared
+
+
+def test_positions_are_rows_and_columns_of_the_image(architecture):
+    """Every cell of the image has a visual token that knows its middle; row ends and thumbnails have none."""
+    found = architecture.positions()
+    known = found[~found.isnan().any(-1)]
+    middles = (torch.arange(16) + 0.5) / 16
+    expected = torch.cartesian_prod(middles, middles)
+    assert sorted(known.tolist()) == expected.tolist()
 
 
 def test_the_measured_attention_is_the_models_own(architecture):
@@ -153,7 +186,7 @@ def test_the_measured_attention_is_the_models_own(architecture):
     expected = []
     for sample, row in zip(*torch.nonzero(pointing >= 0, as_tuple=True), strict=True):
         looked = maps[sample, : train.Pointers.HEADS, pointing[sample, row], 1 : architecture.visual_tokens + 1]
-        expected.append((looked * places[sample, row]).sum(-1).log())
+        expected.append((looked * places[sample, :, row]).sum(-1).log())
     torch.testing.assert_close(pointers.loss(), -torch.stack(expected).mean(), atol=1e-4, rtol=0)
 
 

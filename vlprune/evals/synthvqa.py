@@ -46,6 +46,9 @@ SHAPES = ("circle", "square", "triangle", "cross")
 KEYS = ("name", "date", "city", "code", "total", "phone", "item", "room")
 LETTERS = "ACEFHJKLMNPRTUVXY"
 DIGITS = "0123456789"
+DIRECTIONS = (("left of", 0), ("above", 1))
+CLEARLY = 20
+"""Pixels between the middles of two shapes, at least, for one to be left of the other or above it."""
 
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels, right and bottom exclusive."""
@@ -277,12 +280,32 @@ def _relations(rng: random.Random, shapes: list[Item]) -> Iterator[Question]:
     for item in shapes:
         if kinds.count(item.kind) == 1:
             yield _question("relation", f"What colour is the {item.kind}?", item.name)
-    single = [i for i in shapes if sum(j.phrase == i.phrase for j in shapes) == 1]
-    for word, axis in (("left of", 0), ("above", 1)):
-        pairs = [(a, b) for a in single for b in single if abs(a.centre[axis] - b.centre[axis]) >= 20]
+    single = _single(shapes)
+    for word, axis in DIRECTIONS:
+        pairs = [(a, b) for a in single for b in single if abs(a.centre[axis] - b.centre[axis]) >= CLEARLY]
         for a, b in rng.sample(pairs, min(2, len(pairs))):
-            answer = "yes" if a.centre[axis] < b.centre[axis] else "no"
-            yield _question("relation", f"Is the {a.phrase} {word} the {b.phrase}?", answer)
+            yield _comparison(a, word, axis, b)
+
+
+def comparisons(scene: Scene) -> list[Question]:
+    """Every question that compares the places of two shapes of ``scene``, which asks a few of them."""
+    single = _single([i for i in scene.items if i.kind in SHAPES])
+    return [
+        _comparison(a, word, axis, b)
+        for word, axis in DIRECTIONS
+        for a, b in itertools.permutations(single, 2)
+        if abs(a.centre[axis] - b.centre[axis]) >= CLEARLY
+    ]
+
+
+def _single(shapes: list[Item]) -> list[Item]:
+    """Those that colour and shape tell from all others."""
+    return [i for i in shapes if sum(j.phrase == i.phrase for j in shapes) == 1]
+
+
+def _comparison(one: Item, word: str, axis: int, other: Item) -> Question:
+    answer = "yes" if one.centre[axis] < other.centre[axis] else "no"
+    return _question("relation", f"Is the {one.phrase} {word} the {other.phrase}?", answer)
 
 
 # ------------------------------------------------------------------ drawing

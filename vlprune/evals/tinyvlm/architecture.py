@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vlprune.evals.synthvqa import Box
+from vlprune.evals.synthvqa import SIZE, Box
 
 CELL = 8
 """Side, in pixels of a view, of the square that one visual token shows."""
@@ -95,6 +96,15 @@ class Architecture(ABC):
 
         Where the architecture takes images of any size, they may be crops, whose only view they are.
         """
+
+    def positions(self) -> Tensor:
+        """``(visual tokens, 2)``: rows and columns from 0 to 1, NaN where a token shows no place of the image, or too much."""
+        found = torch.full((self.visual_tokens, 2), torch.nan)
+        cells = range(0, SIZE, CELL)
+        for top, left in itertools.product(cells, cells):
+            for place in self.places((left, top, left + CELL, top + CELL), glimpse=False):
+                found[place] = torch.tensor([top + CELL / 2, left + CELL / 2]) / SIZE
+        return found
 
     def training(self, model: Any) -> AbstractContextManager[Any]:
         """Within it the model computes the same, faster, on images of one size."""

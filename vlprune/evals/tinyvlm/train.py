@@ -68,9 +68,22 @@ class Stage:
     """Share of the counting questions kept whose answer is 0, the most frequent one by far."""
     pointing: float = 0.0
     """Weight of the loss on where two heads of the middle layers look while they answer."""
+    apart: bool = False
+    """Whether of two things that are compared each head looks at one."""
+    comparisons: int = 0
+    """Comparisons of places asked of an image beside its own questions, as many as it has."""
+    longest: int = 144
+    """Tokens of text in a sequence, at most."""
+    positions: float = 0.0
+    """Weight of the loss on rows and columns, told from what visual tokens have become before the middle layers."""
+
+    @property
+    def answers(self) -> bool:
+        """Whether the whole model learns to answer, or its encoder to see."""
+        return self.name not in ("encoder", "crops")
 
 
-STAGE_NAMES = ("encoder", "vlm", "crops")
+STAGE_NAMES = ("encoder", "vlm", "crops", "compare")
 SIBLINGS: dict[str, tuple[Architecture, tuple[Stage, ...]]] = {
     "llava": (
         LLAVA_NEXT,
@@ -85,6 +98,20 @@ SIBLINGS: dict[str, tuple[Architecture, tuple[Stage, ...]]] = {
             Stage("crops", 550, 48, rate=1.5e-3, encoder_rate=1.5e-3, crops=True),
             Stage("encoder", 250, 16, rate=7e-4, encoder_rate=7e-4),
             Stage("vlm", 950, 32, rate=1e-3, encoder_rate=4e-4, unfreeze=500, captions=0.2, zeros=0.5, pointing=0.5),
+            Stage(
+                "compare",
+                550,
+                32,
+                rate=7e-4,
+                encoder_rate=2e-4,
+                captions=0.2,
+                zeros=0.5,
+                pointing=0.5,
+                apart=True,
+                comparisons=6,
+                longest=200,
+                positions=0.2,
+            ),
         ),
     ),
 }
@@ -93,15 +120,16 @@ SIBLINGS: dict[str, tuple[Architecture, tuple[Stage, ...]]] = {
 # ------------------------------------------------------------------ stage 1: the encoder
 
 
-class EncoderHeads(nn.Module):
-    """Linear read-outs that exist during stage 1 only."""
+class Heads(nn.Module):
+    """Linear read-outs that exist during training only: of the encoder, and the last of the LLM."""
 
-    def __init__(self, architecture: Architecture, width: int):
+    def __init__(self, architecture: Architecture, width: int, text_width: int):
         super().__init__()
         self.architecture = architecture
         self.patch = nn.Linear(width, len(OWNERS) + len(GLYPHS) + PLACES)
         self.caption = nn.Linear(width, len(OWNERS) + len(GLYPHS))
         self.count = nn.Linear(width, len(synthvqa.SHAPES) * COUNTS)
+        self.position = nn.Linear(text_width, 2)
 
     def forward(self, model: nn.Module, scenes: list[Scene], crops: bool = False) -> tuple[Tensor, dict[str, float]]:
         device = self.patch.weight.device
@@ -140,10 +168,9 @@ class EncoderHeads(nn.Module):
 class Dialogues:
     """Turns scenes into sequences: the image, then questions and answers in random order, labels on the answers."""
 
-    def __init__(self, architecture: Architecture, longest: int = 144):
+    def __init__(self, architecture: Architecture):
         self.architecture = architecture
         self.tokenizer = architecture.tokenizer()
-        self.longest = longest
         self.end, self.pad = self.encode(architecture.end), self.encode(architecture.pad)
         self.newline = self.encode("\n")
         before, image, after = map(self.encode, (architecture.before, architecture.image, architecture.after))
@@ -155,6 +182,8 @@ class Dialogues:
 
     def sequence(self, scene: Scene, rng: random.Random, stage: Stage) -> Sequence:
         questions = [q for q in scene.questions if q.answers[0] != "0" or rng.random() < stage.zeros]
+        more = [q for q in synthvqa.comparisons(scene) if q not in questions] if stage.comparisons else []
+        questions += rng.sample(more, min(stage.comparisons, len(more)))
         rng.shuffle(questions)
         if rng.random() < stage.captions:
             questions.insert(rng.randint(0, 2), Question("caption", "Describe the image.", (scene.caption(),)))
@@ -163,30 +192,31 @@ class Dialogues:
             if question.text not in self.known:
                 self.known[question.text] = self.encode(f"{question.text}\n")
             prompt, told = self.known[question.text], [*self.encode(question.answers[0]), *self.end]
-            if len(out.ids) + len(prompt) + len(told) > self.architecture.visual_tokens + self.longest:
+            if len(out.ids) + len(prompt) + len(told) > self.architecture.visual_tokens + stage.longest:
                 continue
             first = len(out.ids) + len(prompt)
             out.ids += [*prompt, *told, *self.newline]
             out.answers += [(first + k, question.kind) for k in range(len(told))]
-            out.pointers += [
-                (first + k - 1, places) for k, places in enumerate(pointed_at(scene, question, self.architecture))
-            ]
+            pointed = pointed_at(scene, question, self.architecture, stage.apart)
+            out.pointers += [(first + k - 1, places) for k, places in enumerate(pointed)]
         return out
 
     def batch(self, scenes: list[Scene], rng: random.Random, stage: Stage) -> dict[str, Tensor]:
-        """``pointing (B, R)``: positions that predict an answer's token, -1 as filler; ``places (B, R, visual tokens)``:
-        1 where the answer can be seen."""
+        """``pointing (B, R)``: positions that predict an answer's token, -1 as filler; ``places (B, heads, R,
+        visual tokens)``: 1 where the answer can be seen."""
         rows = [self.sequence(scene, rng, stage) for scene in scenes]
         width, most = max(len(row.ids) for row in rows), max(len(row.pointers) for row in rows)
         labels = torch.full((len(rows), width), IGNORE)
         kinds = torch.zeros(len(rows), width, dtype=torch.long)
         pointing = torch.full((len(rows), most), -1)
-        places = torch.zeros(len(rows), most, self.architecture.visual_tokens)
+        places = torch.zeros(len(rows), Pointers.HEADS, most, self.architecture.visual_tokens)
         for i, row in enumerate(rows):
             for position, kind in row.answers:
                 labels[i, position], kinds[i, position] = row.ids[position], LEARNT.index(kind)
             for k, (position, seen) in enumerate(row.pointers):
-                pointing[i, k], places[i, k, seen] = position, 1
+                pointing[i, k] = position
+                for head, tokens in enumerate(seen):
+                    places[i, head, k, tokens] = 1
         ids = torch.tensor([row.ids + self.pad * (width - len(row.ids)) for row in rows])
         return {
             "input_ids": ids,
@@ -205,7 +235,7 @@ class Sequence:
 
     ids: list[int]
     answers: list[tuple[int, str]] = field(default_factory=list)
-    pointers: list[tuple[int, list[int]]] = field(default_factory=list)
+    pointers: list[tuple[int, list[list[int]]]] = field(default_factory=list)
 
 
 class Pointers:
@@ -236,9 +266,38 @@ class Pointers:
         future = torch.arange(hidden.shape[1], device=hidden.device) > rows[..., None]
         visual = slice(1, self.places.shape[-1] + 1)
         seen = scores.masked_fill(future[:, None], -torch.inf).softmax(-1)[..., visual]
-        mass = (seen * self.places[:, None]).sum(-1)
+        mass = (seen * self.places).sum(-1)
         valid = (self.pointing >= 0)[:, None].expand_as(mass)
         self.losses.append(-mass[valid].clamp(min=1e-6).log().mean())
+
+    def loss(self) -> Tensor:
+        losses, self.losses = self.losses, []
+        return torch.stack(losses).mean()
+
+
+class Positions:
+    """Measures how well rows and columns can be told from the visual tokens that some layers get.
+
+    M-RoPE tells a layer how far apart two tokens are; where a token is, it has to find out, and comparisons need it.
+    """
+
+    CHANCE = 1 / 12
+    """Mean squared error of the answer "in the middle"."""
+
+    def __init__(self, layers: list[Any], head: nn.Linear, positions: Tensor):
+        self.losses: list[Tensor] = []
+        self.active = False
+        self.head = head
+        self.known = ~positions.isnan().any(-1)
+        self.positions = positions[self.known]
+        for layer in layers:
+            layer.self_attn.register_forward_pre_hook(self._measure, with_kwargs=True)
+
+    def _measure(self, attention: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if self.active:
+            visual = kwargs["hidden_states"][:, 1 : len(self.known) + 1][:, self.known]
+            error = self.head(visual).float() - self.positions
+            self.losses.append(error.square().mean() / self.CHANCE)
 
     def loss(self) -> Tensor:
         losses, self.losses = self.losses, []
@@ -309,9 +368,12 @@ class Trainer:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model: Any = architecture.model(seed)
         self.model.to(self.device)
-        self.heads = EncoderHeads(architecture, architecture.width(self.model)).to(self.device)
+        text_width = self.model.config.text_config.hidden_size
+        self.heads = Heads(architecture, architecture.width(self.model), text_width).to(self.device)
         self.dialogues = Dialogues(architecture)
-        self.pointers = Pointers(self.model.model.language_model.layers[2:4])
+        middle = self.model.model.language_model.layers[2:4]
+        self.pointers = Pointers(middle)
+        self.positions = Positions(middle, self.heads.position, architecture.positions().to(self.device))
         self.seconds = 0.0
 
     def encoder(self) -> list[nn.Parameter]:
@@ -321,20 +383,25 @@ class Trainer:
         encoder = self.encoder()
         known = {id(p) for p in encoder}
         rest = [p for p in self.model.parameters() if id(p) not in known]
-        if stage.name != "vlm":
-            # Of the rest only what lies between encoder and heads gets a gradient.
-            rest += self.heads.parameters()
+        # Which of all these get a gradient follows from the stage's losses.
+        rest += self.heads.parameters()
         groups = [{"params": encoder, "peak": stage.encoder_rate}, {"params": rest, "peak": stage.rate}]
         return torch.optim.AdamW(groups, lr=stage.rate, betas=(0.9, 0.98), weight_decay=0.02)
 
     def loss(self, stage: Stage, step: int) -> tuple[Tensor, dict[str, float]]:
         first = STAGE_NAMES.index(stage.name) * 10_000_000 + step * stage.images
         scenes = [synthvqa.scene("train", first + k) for k in range(stage.images)]
-        if stage.name != "vlm":
+        if not stage.answers:
             return self.heads(self.model, scenes, stage.crops)
         batch = self.dialogues.batch(scenes, random.Random(f"{self.seed}/{stage.name}/{step}"), stage)
         batch = {name: value.to(self.device) for name, value in batch.items()}
-        return answer_loss(self.model, self.pointers, batch, stage.pointing)
+        self.positions.active = stage.positions > 0
+        loss, stats = answer_loss(self.model, self.pointers, batch, stage.pointing)
+        if stage.positions:
+            told = self.positions.loss()
+            stats["positions"] = told.item()
+            loss = loss + stage.positions * told
+        return loss, stats
 
     def run(self) -> None:
         for number, stage in enumerate(self.stages):
