@@ -81,20 +81,22 @@ def holds(box: Box, point: tuple[float, float]) -> bool:
     return box[0] <= point[0] < box[2] and box[1] <= point[1] < box[3]
 
 
-def pointed_at(scene: Scene, question: Question, architecture: Architecture, apart: bool = False) -> list[list[list[int]]]:
-    """For each token of an answer, the visual tokens (from 0) that show it: a character, or what the question is about.
-
-    There is a list for each of two heads. They are the same, but for questions that compare two things if ``apart``: then
-    the first head is to look at what is named first.
-    """
+def pointed_at(scene: Scene, question: Question, architecture: Architecture) -> list[list[int]]:
+    """For each token of an answer, the visual tokens (from 0) that show it: a character, or what the question is about."""
     if question.kind in ("text", "form", "chart"):
         item = next((i for i in scene.items if i.text and i.text == question.answers[0] and i.name in question.text), None)
-        return [[list(architecture.places(box, glimpse=False))] * 2 for box in item.glyphs] if item else []
+        return [list(architecture.places(box, glimpse=False)) for box in item.glyphs] if item else []
     plurals = {i: "crosses" if i.kind == "cross" else f"{i.kind}s" for i in scene.items}
     about = [i for i in scene.items if i.phrase in question.text or plurals[i] in question.text]
     about = about or [i for i in scene.items if f"colour is the {i.kind}" in question.text]
-    if apart and question.kind == "relation" and len(about) == 2:
-        about.sort(key=lambda item: question.text.index(item.phrase))
-        return [[sorted(architecture.places(item.box)) for item in about]]
     seen = sorted({place for item in about for place in architecture.places(item.box)})
-    return [[seen] * 2] if seen else []
+    return [seen] if seen else []
+
+
+def mentions(scene: Scene, question: Question, architecture: Architecture) -> list[tuple[int, list[int]]]:
+    """Where a question that compares two things has named one of them (characters read by then), and the visual tokens that
+    show it."""
+    named = [(question.text.find(item.phrase), item) for item in scene.items]
+    if question.kind != "relation" or sum(start >= 0 for start, _ in named) != 2:
+        return []
+    return [(start + len(item.phrase), sorted(architecture.places(item.box))) for start, item in named if start >= 0]

@@ -45,6 +45,7 @@ from vlprune.evals.tinyvlm.targets import (
     cell_targets,
     count_targets,
     densest_tile,
+    mentions,
     pointed_at,
 )
 
@@ -68,8 +69,8 @@ class Stage:
     """Share of the counting questions kept whose answer is 0, the most frequent one by far."""
     pointing: float = 0.0
     """Weight of the loss on where two heads of the middle layers look while they answer."""
-    apart: bool = False
-    """Whether of two things that are compared each head looks at one."""
+    mentions: bool = False
+    """Whether the two heads look at a thing where a question names it, too, for questions that compare two things."""
     comparisons: int = 0
     """Comparisons of places asked of an image beside its own questions, as many as it has."""
     longest: int = 144
@@ -107,7 +108,7 @@ SIBLINGS: dict[str, tuple[Architecture, tuple[Stage, ...]]] = {
                 captions=0.2,
                 zeros=0.5,
                 pointing=0.5,
-                apart=True,
+                mentions=True,
                 comparisons=6,
                 longest=200,
                 positions=0.2,
@@ -196,27 +197,28 @@ class Dialogues:
                 continue
             first = len(out.ids) + len(prompt)
             out.ids += [*prompt, *told, *self.newline]
-            out.answers += [(first + k, question.kind) for k in range(len(told))]
-            pointed = pointed_at(scene, question, self.architecture, stage.apart)
+            out.answers += [(first + k, question.kind if k < len(told) - len(self.end) else "") for k in range(len(told))]
+            pointed = pointed_at(scene, question, self.architecture)
             out.pointers += [(first + k - 1, places) for k, places in enumerate(pointed)]
+            for read, places in mentions(scene, question, self.architecture) if stage.mentions else ():
+                out.pointers.append((first - len(prompt) + len(self.encode(question.text[:read])) - 1, places))
         return out
 
     def batch(self, scenes: list[Scene], rng: random.Random, stage: Stage) -> dict[str, Tensor]:
-        """``pointing (B, R)``: positions that predict an answer's token, -1 as filler; ``places (B, heads, R,
+        """``pointing (B, R)``: positions that predict an answer's token, -1 as filler; ``places (B, R,
         visual tokens)``: 1 where the answer can be seen."""
         rows = [self.sequence(scene, rng, stage) for scene in scenes]
         width, most = max(len(row.ids) for row in rows), max(len(row.pointers) for row in rows)
         labels = torch.full((len(rows), width), IGNORE)
-        kinds = torch.zeros(len(rows), width, dtype=torch.long)
+        kinds = torch.full((len(rows), width), IGNORE)
         pointing = torch.full((len(rows), most), -1)
-        places = torch.zeros(len(rows), Pointers.HEADS, most, self.architecture.visual_tokens)
+        places = torch.zeros(len(rows), most, self.architecture.visual_tokens)
         for i, row in enumerate(rows):
             for position, kind in row.answers:
-                labels[i, position], kinds[i, position] = row.ids[position], LEARNT.index(kind)
+                labels[i, position] = row.ids[position]
+                kinds[i, position] = LEARNT.index(kind) if kind else IGNORE
             for k, (position, seen) in enumerate(row.pointers):
-                pointing[i, k] = position
-                for head, tokens in enumerate(seen):
-                    places[i, head, k, tokens] = 1
+                pointing[i, k], places[i, k, seen] = position, 1
         ids = torch.tensor([row.ids + self.pad * (width - len(row.ids)) for row in rows])
         return {
             "input_ids": ids,
@@ -230,12 +232,14 @@ class Dialogues:
 
 @dataclass
 class Sequence:
-    """``answers``: positions of the answers' tokens and their question's kind. ``pointers``: positions that predict such a
-    token, and the visual tokens that show it."""
+    """``answers``: positions of the answers' tokens and their question's kind, "" for the end of an answer.
+
+    ``pointers``: positions that are to look at something, and the visual tokens that show it.
+    """
 
     ids: list[int]
     answers: list[tuple[int, str]] = field(default_factory=list)
-    pointers: list[tuple[int, list[list[int]]]] = field(default_factory=list)
+    pointers: list[tuple[int, list[int]]] = field(default_factory=list)
 
 
 class Pointers:
@@ -266,7 +270,7 @@ class Pointers:
         future = torch.arange(hidden.shape[1], device=hidden.device) > rows[..., None]
         visual = slice(1, self.places.shape[-1] + 1)
         seen = scores.masked_fill(future[:, None], -torch.inf).softmax(-1)[..., visual]
-        mass = (seen * self.places).sum(-1)
+        mass = (seen * self.places[:, None]).sum(-1)
         valid = (self.pointing >= 0)[:, None].expand_as(mass)
         self.losses.append(-mass[valid].clamp(min=1e-6).log().mean())
 
