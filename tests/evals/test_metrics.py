@@ -12,10 +12,10 @@ from vlprune.evals.metrics import METRIC_OF_KIND, POPE_F1, RELAXED_ACCURACY, est
 
 
 @pytest.mark.parametrize(("agreeing", "score"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
-@pytest.mark.parametrize("official", [False, True])
-def test_vqa_accuracy_leaves_each_person_out_once(agreeing: int, score: float, official: bool):
+@pytest.mark.parametrize("convention", ["textvqa", "vqav2", "official"])
+def test_vqa_accuracy_leaves_each_person_out_once(agreeing: int, score: float, convention):
     answers = ["cat"] * agreeing + [f"dog{i}" for i in range(10 - agreeing)]
-    assert metrics.vqa_accuracy("cat", answers, official) == pytest.approx(score)
+    assert metrics.vqa_accuracy("cat", answers, convention) == pytest.approx(score)
 
 
 @pytest.mark.parametrize(
@@ -57,12 +57,12 @@ def test_normalisation(raw: str, normal: str):
     ],
 )
 def test_official_normalisation_does_not_split_words(raw: str, normal: str):
-    assert normalise_vqa(raw, official=True) == normal
+    assert normalise_vqa(raw, "official") == normal
 
 
 def test_comma_without_space_separates_words_only_officially():
     assert normalise_vqa("red,green") == "redgreen"
-    assert normalise_vqa("red,green", official=True) == "red green"
+    assert normalise_vqa("red,green", "official") == "red green"
 
 
 def test_contractions_table():
@@ -72,8 +72,8 @@ def test_contractions_table():
 
 
 def test_equal_answers_are_compared_raw_officially():
-    assert metrics.vqa_accuracy("Yes", ["yes"] * 10, official=True) == 0.0
-    assert metrics.vqa_accuracy("Yes", ["yes"] * 9 + ["no"], official=True) == pytest.approx(1.0)
+    assert metrics.vqa_accuracy("Yes", ["yes"] * 10, "official") == 0.0
+    assert metrics.vqa_accuracy("Yes", ["yes"] * 9 + ["no"], "official") == pytest.approx(1.0)
     assert metrics.vqa_accuracy("Yes", ["yes"] * 10) == 1.0
 
 

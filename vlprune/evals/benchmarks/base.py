@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from vlprune.errors import VLPruneError
-from vlprune.evals.metrics import Estimate, Metric, estimate
+from vlprune.evals.metrics import MEAN, Estimate, Metric, estimate
 
 Row = Mapping[str, Any]
 """An answered example: ``id``, ``category``, ``answers``, ``details``, ``prediction`` (None: failed) and ``score``."""
@@ -140,10 +140,6 @@ class Benchmark(ABC):
     @classmethod
     def options(cls) -> list[str]:
         return [one.name for one in fields(cls)]
-
-
-MEAN = Metric("mean", lambda prediction, answers: 0.0)
-"""How scores that are there already become one number."""
 
 
 def mean_summary(rows: Sequence[Row], scores: Mapping[str, Sequence[float]]) -> Summary:
