@@ -3,7 +3,13 @@
 Every one is an operator of ``torch.library``, so that ``torch.compile`` and CUDA graphs go through it.
 """
 
+from vlprune.kernels.bipartite_match import bipartite_match
 from vlprune.kernels.dispatch import unavailable, using
 from vlprune.kernels.gather_rows import gather_rows
 
-__all__ = ["gather_rows", "unavailable", "using"]
+__all__ = [
+    "bipartite_match",
+    "gather_rows",
+    "unavailable",
+    "using",
+]
