@@ -16,9 +16,11 @@ def main() -> None:
     if missing:
         sys.exit(f'vlprune: the command line needs {", ".join(missing)}: pip install "vlprune[evals]"')
     try:
+        from vlprune.bench.commands import app as bench
         from vlprune.evals.commands import app
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    app.add_typer(bench, name="bench")
     app(prog_name="vlprune")
 
 

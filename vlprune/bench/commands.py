@@ -1,0 +1,265 @@
+"""The command ``vlprune bench``: ``kernels``, ``model``, ``plot``, ``report``, ``all``."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from vlprune.errors import VLPruneError
+from vlprune.evals import settings as written
+from vlprune.evals.commands import clear_errors
+
+app = typer.Typer(help="Measures speed: of operations, of models under methods and budgets.", no_args_is_help=True)
+
+METHODS = "uniform:1.0:0.4:0.2:0.1,hired,flowcut,mustdrop,fastv,snapkv,random,pool,resize"
+"""``uniform:1.0`` measures what the patch costs where nothing leaves."""
+LIKE = "llava-next-small"
+INTERVAL = 20.0
+"""Seconds between two lines of progress where no terminal shows a status."""
+
+Out = Annotated[
+    Path | None, typer.Option(help="CSV file that rows are added to; by default one in benchmarks/results of the repository.")
+]
+Device = Annotated[str, typer.Option(help="'cpu', 'cuda', or 'auto': a GPU if there is one.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice by default.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Leave out what the file has of this commit, machine and versions.")]
+Dtype = Annotated[str, typer.Option(help="'float32', 'bfloat16', 'float16', or 'auto': bfloat16 on a GPU, else float32.")]
+
+
+@app.command("kernels")
+@clear_errors
+def bench_kernels(
+    operations: Annotated[str | None, typer.Option(help="Names, with commas between; all by default.")] = None,
+    shapes: Annotated[str | None, typer.Option(help="Names, with commas between; those of this device by default.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each, fewer where they take long.")] = 50,
+    compiled: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Also the reference by torch.compile; on a GPU by default.")
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    resume: Resume = False,
+    out: Out = None,
+) -> None:
+    """Operations against their references, a copy of as many bytes, and what the machine can do at best."""
+    from vlprune.bench import jobs, journal, kernel_rows, report
+    from vlprune.bench import kernels as cases
+
+    console, where = Console(highlight=False), _device(device, threads)
+    default = cases.ON_GPU if where.type == "cuda" else cases.ON_CPU
+    chosen = _named(cases.CASES, operations, "--operations")
+    sink = jobs.Sink(out or journal.default_path("kernels"), kernel_rows.COLUMNS, where, resume)
+    of = _named(cases.SHAPES, shapes or ",".join(default), "--shapes")
+    also = where.type == "cuda" if compiled is None else compiled
+    console.print(f"{len(chosen)} operations at {len(of)} shapes on {escape(_name(sink))}, into {sink.path}")
+    jobs.kernels(chosen, of, sink, _dtype(dtype, where), rounds, also, _say(console))
+    report.print_kernels(sink.rows, console)
+
+
+@app.command("model")
+@clear_errors
+def bench_model(
+    model: Annotated[str | None, typer.Option(help="'tinyvlm', 'tinyvlm-qwen', or a model's hub id or folder.")] = None,
+    like: Annotated[
+        str | None,
+        typer.Option(
+            help="Random weights, the size of a known model: llava-1.5-7b, llava-next-7b, qwen2.5-vl-7b and others; "
+            "llava-next-small has the same layers and visual tokens and is narrower and shallower.",
+            show_default=LIKE,
+        ),
+    ] = None,
+    scale: Annotated[
+        str | None, typer.Option(help="With --like: full, small, tiny, or divisors of width and depth, as in 8x4.")
+    ] = None,
+    methods: Annotated[
+        str,
+        typer.Option(help="As for eval: with commas between, options in brackets, a method's own budgets behind colons."),
+    ] = METHODS,
+    budgets: Annotated[str, typer.Option(help="Of methods that name none.")] = written.BUDGETS,
+    batch: Annotated[str, typer.Option(help="Prompts at a time; several sizes with commas between.")] = "1",
+    attention: Annotated[str, typer.Option(help="sdpa, eager, flash_attention_2; several with commas between.")] = "sdpa",
+    rounds: Annotated[int, typer.Option(min=1, help="How often each variant runs, in turns with all others.")] = 15,
+    warmup: Annotated[int, typer.Option(min=1, help="Runs of each before, which do not count.")] = 1,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are decoded after each prefill.")] = 8,
+    words: Annotated[int, typer.Option(min=2, help="Tokens of text in a prompt, with --like.")] = 64,
+    image: Annotated[
+        str | None, typer.Option(help="Height and width in pixels, as in 672x672; the model's own default.")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="After so many, no new round of a batch size begins (from the fourth round on).")
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    resume: Resume = False,
+    out: Out = None,
+) -> None:
+    """A model under methods and budgets: its parts, decoding, memory, next to the unpruned one and to the floor."""
+    from vlprune.bench import jobs, journal, report
+    from vlprune.bench import model as rows
+    from vlprune.bench.rounds import variants
+
+    if model and like:
+        raise VLPruneError("--model and --like: give one of them")
+    console, where = Console(highlight=False), _device(device, threads)
+    sizes = [int(number) for number in _parts(batch)]
+    plan = jobs.Plan(
+        variants(_settings(methods, budgets)),
+        _parts(attention),
+        sizes,
+        rounds,
+        warmup,
+        new_tokens,
+        words,
+        _pixels(image),
+        minutes,
+    )
+    load, name = _loader(model, like, scale, where, _dtype(dtype, where))
+    sink = jobs.Sink(out or journal.default_path("model"), rows.COLUMNS, where, resume)
+    console.print(f"{name}: {len(plan.variants)} variants in up to {rounds} rounds on {escape(_name(sink))}, into {sink.path}")
+    jobs.models(load, name, plan, sink, _say(console))
+    report.print_models(sink.rows, console)
+
+
+@app.command("plot")
+@clear_errors
+def bench_plot(
+    files: Annotated[list[Path] | None, typer.Argument(help="CSV files of 'vlprune bench model'.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the pictures; by default that of the first file.")] = None,
+) -> None:
+    """Draws speed-up against budget with the floor's line, and the parts of each prefill stacked."""
+    from vlprune.bench import journal, plot
+
+    files = files or [journal.default_path("model")]
+    drawn = plot.draw(journal.read_all(files), out or files[0].parent)
+    if not drawn:
+        raise VLPruneError(f"{', '.join(map(str, files))}: no rows to draw")
+    for path in drawn:
+        Console(highlight=False).print(f"  {path}")
+
+
+@app.command("report")
+@clear_errors
+def bench_report(
+    folder: Annotated[Path, typer.Argument(help="Folder with CSV files of both kinds.")] = Path("benchmarks/results"),
+    docs: Annotated[Path, typer.Option(help="Folder of the documents.")] = Path("docs"),
+) -> None:
+    """Writes docs/results/speed.md, speed-kernels.md and pictures from the CSV files: no number is copied by hand."""
+    from vlprune.bench import publish
+
+    for path in publish.publish(folder, docs):
+        Console(highlight=False).print(f"  {path}")
+
+
+@app.command("all")
+@clear_errors
+def bench_all(
+    out: Annotated[Path, typer.Option(help="Folder for the CSV files and pictures.")] = Path("benchmarks/results"),
+    only: Annotated[str, typer.Option(help="kernels, model, or both with a comma between.")] = "kernels,model",
+    smoke: Annotated[bool, typer.Option("--smoke", help="The same with tiny sizes, to see that it runs.")] = False,
+    device: Device = "auto",
+    resume: Resume = False,
+) -> None:
+    """Everything that the documents show of this machine, in one call of at most 20 minutes on a GPU."""
+    from vlprune.bench import suite
+
+    where = _device(device, None)
+    suite.run(suite.plan(where, smoke), _parts(only), out, resume, Console(highlight=False))
+
+
+# ------------------------------------------------------------------ what was written
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _named(known: dict[str, Any], text: str | None, option: str) -> list[Any]:
+    names = list(known) if text is None else _parts(text)
+    for name in names:
+        if name not in known:
+            raise VLPruneError(f"{option}: unknown {name!r}; known are {', '.join(known)}")
+    return [known[name] for name in names]
+
+
+def _settings(methods: str, budgets: str) -> list[written.Setting]:
+    settings = written.parse(methods, budgets)
+    for setting in settings:
+        if setting.method != written.UNPRUNED:
+            setting.make()
+    return settings
+
+
+def _pixels(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    height, x, width = text.partition("x")
+    if not (x and height.isdecimal() and width.isdecimal()):
+        raise VLPruneError(f"--image {text!r}: allowed are height and width in pixels, as in 672x672")
+    return int(height), int(width)
+
+
+def _device(name: str, threads: int | None) -> Any:
+    import torch
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if threads:
+        torch.set_num_threads(threads)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _dtype(name: str, device: Any) -> Any:
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    if name not in known:
+        raise VLPruneError(f"--dtype {name!r}: allowed are auto, {', '.join(known)}")
+    return known[name]
+
+
+def _loader(model: str | None, like: str | None, scale: str | None, device: Any, dtype: Any) -> tuple[Callable[[], Any], str]:
+    """What loads the model, and its name."""
+    from vlprune.bench import load, sizes
+
+    if model:
+        return lambda: load.by_name(model, device, dtype), model
+    size = sizes.size_of(like or LIKE, scale)
+    return lambda: load.of_size(size, device, dtype), size.name
+
+
+def has_flash_attention() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+# ------------------------------------------------------------------ progress
+
+
+def _name(sink: Any) -> str:
+    return str(sink.common["device"])
+
+
+def _say(console: Console) -> Callable[[str], None]:
+    """Says what is being done: at most every so often, since there are many rounds."""
+    said = time.monotonic() - INTERVAL
+
+    def say(text: str) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= (2.0 if console.is_terminal else INTERVAL):
+            said = now
+            console.print(f"[dim]{escape(text)}[/dim]")
+
+    return say
