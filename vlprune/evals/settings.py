@@ -46,10 +46,10 @@ class Setting:
 
 def parse(methods: str, budgets: str) -> list[Setting]:
     """Settings of ``"none,hired,fastv[layer=1]:0.8:0.6"``; a method that names no budget is measured at all of ``budgets``."""
-    common = [budget_of(text) for text in _parts(budgets, ",")]
+    common = [budget_of(text) for text in parts(budgets, ",")]
     found = []
-    for text in _parts(methods, ","):
-        method, *own = _parts(text, ":")
+    for text in parts(methods, ","):
+        method, *own = parts(text, ":")
         if method == UNPRUNED and own:
             raise BudgetError(f"{text!r}: the unpruned model has no budget; write {UNPRUNED!r}")
         found += settings_of([method], [budget_of(budget) for budget in own] or common)
@@ -75,24 +75,38 @@ def budget_of(text: str) -> Budget:
 
 def options_of(method: str) -> dict[str, Any]:
     """Options in the brackets of ``method``, of the types that the method's fields have."""
-    match = re.fullmatch(r"([^\[\]]*)(?:\[([^\[\]]*)\])?", method)
-    if match is None:
-        raise OptionError(f"{method!r}: options stand in one pair of brackets behind the method's name, as in fastv[layer=1]")
-    name, text = match.groups()
-    if text is None:
+    name, options = bracketed(method)
+    if not options:
         return {}
+    if "budget" in options:
+        raise OptionError(f"{method}: budgets stand behind a colon, as in {name}:0.4:0.2, or in --budgets")
     types_of = get_type_hints(type(make(name)))
-    return dict(_option(name, part, types_of) for part in _parts(text, ","))
+    # What is not an option of the method is told by the method.
+    return {key: _value(f"{name}[{key}={text}]", text, types_of.get(key, str)) for key, text in options.items()}
 
 
-def _option(method: str, text: str, types_of: dict[str, Any]) -> tuple[str, Any]:
+def bracketed(text: str) -> tuple[str, dict[str, str]]:
+    """A name, and the options in brackets behind it: ``fastv[layer=1]``."""
+    match = re.fullmatch(r"([^\[\]]*)(?:\[([^\[\]]*)\])?", text)
+    if match is None:
+        raise OptionError(f"{text!r}: options stand in one pair of brackets behind the name, as in fastv[layer=1]")
+    name, inside = match.groups()
+    return name, dict(_option(name, part) for part in parts(inside or "", ","))
+
+
+def _option(name: str, text: str) -> tuple[str, str]:
     option, equals, value = (part.strip() for part in text.partition("="))
     if not equals:
-        raise OptionError(f"{method}[{text}]: an option is written as name=value, as in fastv[layer=1]")
-    if option == "budget":
-        raise OptionError(f"{method}[{text}]: budgets stand behind a colon, as in {method}:0.4:0.2, or in --budgets")
-    # What is not an option of the method is told by the method.
-    return option, _value(f"{method}[{text}]", value, types_of.get(option, str))
+        raise OptionError(f"{name}[{text}]: an option is written as name=value, as in fastv[layer=1]")
+    return option, value
+
+
+def literal(text: str) -> Any:
+    """What a value looks like: a number, true, false or none, and text otherwise."""
+    try:
+        return _value(text, text, int | float | bool | None)
+    except OptionError:
+        return text
 
 
 def _value(where: str, text: str, kind: Any) -> Any:
@@ -124,7 +138,6 @@ def _kinds(kind: Any) -> Iterator[Any]:
         yield kind
 
 
-def _parts(text: str, separator: str) -> list[str]:
+def parts(text: str, separator: str) -> list[str]:
     """``text`` between separators that stand outside of brackets."""
-    parts = re.split(rf"{separator}(?![^\[]*\])", text)
-    return [part.strip() for part in parts if part.strip()]
+    return [part.strip() for part in re.split(rf"{separator}(?![^\[]*\])", text) if part.strip()]
