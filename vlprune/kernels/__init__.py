@@ -5,11 +5,13 @@ Every one is an operator of ``torch.library``, so that ``torch.compile`` and CUD
 
 from vlprune.kernels.bipartite_match import bipartite_match
 from vlprune.kernels.dispatch import unavailable, using
+from vlprune.kernels.farthest_points import farthest_points
 from vlprune.kernels.gather_rows import gather_rows
 from vlprune.kernels.merge_rows import merge_rows
 
 __all__ = [
     "bipartite_match",
+    "farthest_points",
     "gather_rows",
     "merge_rows",
     "unavailable",

@@ -106,11 +106,13 @@ def bipartite_match(source: Tensor, target: Tensor, normalise: bool, valid: Tens
     mask = best if valid is None else valid.expand(batch, targets).contiguous().view(torch.uint8)
     if batch * sources:
         grid = (triton.cdiv(sources, block_s), parts, batch)
-        _bipartite_match[grid](
-            source, target, *scales, mask, best, index, sources, targets, width, *source.stride(), *target.stride(), length,
-            NORMALISE=normalise, VALID=valid is not None, BLOCK_S=block_s, BLOCK_T=block_t, BLOCK_D=block_d,
-            num_warps=4, num_stages=3,
-        )  # fmt: skip
+        with torch.cuda.device_of(source):  # Triton launches on the current device, wherever its arguments are
+            _bipartite_match[grid](
+                source, target, *scales, mask, best, index, sources, targets, width,
+                *source.stride(), *target.stride(), length,
+                NORMALISE=normalise, VALID=valid is not None, BLOCK_S=block_s, BLOCK_T=block_t, BLOCK_D=block_d,
+                num_warps=4, num_stages=3, enable_fp_fusion=True,
+            )  # fmt: skip
     if parts == 1:
         return best[:, 0], index[:, 0]
     # Parts are in the order of their targets and the first maximum wins: still the lowest index among equals.
