@@ -21,6 +21,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import vlprune
 from tests import zoo
+from tests.test_signals_vision import flash_vision
 from vlprune.method import Method
 
 PACKAGE = str(Path(vlprune.__file__).parent)
@@ -93,6 +94,10 @@ class Asked(TorchFunctionMode):
             self.places[f"{name} at {where}"] += 1
         out = function(*args, **kwargs)
         moved = name == "to" and any(isinstance(a, torch.device) for a in (*args[1:], *kwargs.values()))
+        copied = moved and not kwargs.get("non_blocking") and not self.device.holds(args[0])
+        if copied and (where := place()) and not where.startswith("engine/devices.py"):
+            # A copy from the host waits until the device has done all that it was given before.
+            self.places[f"copy at {where}"] += 1
         if moved and not self.device.holds(out):
             out = out.clone()
         if moved or (kwargs.get("device") is not None and torch.is_tensor(out)):
@@ -142,7 +147,8 @@ def model_of(family: str, attention: str = "sdpa") -> Any:
 def waits(model: Any, inputs: dict[str, Tensor], method: Method) -> Counter[str]:
     """Where the package waits for the device in a prefill and a step after it, once it knows images of this size."""
     token = {"input_ids": torch.full((len(inputs["input_ids"]), 1), 5)}
-    if "attention_mask" in inputs:
+    if len(inputs["input_ids"]) > 1:
+        # Of one sequence nothing is padding. Qwen2.5-VL takes no mask of more than a lone token without its positions.
         token["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
     with vlprune.applied(model, method), torch.no_grad(), ExitStack() as stack:
         model(**inputs)
@@ -155,8 +161,10 @@ def waits(model: Any, inputs: dict[str, Tensor], method: Method) -> Counter[str]
 
 
 WINDOWS = ("qwen2_5_vl", "flowcut")
-"""Who drops inside of an encoder with windows has to know which are empty; the encoder itself asks for their lengths."""
+"""Who drops inside of an encoder with windows leaves some of them empty, and not every kernel can do with these."""
 CASES = [(f, m) for f in ("llava", "llava_next", "qwen2_5_vl") for m in QUIET if (f, m) != WINDOWS]
+CASES += [(f, m) for f in ("qwen3_vl", "mistral3") for m in ("flowcut", "mustdrop")]
+"""Also who drops inside of encoders that have tiles, rows that are packed, or rows that are packed in windows."""
 
 
 @pytest.mark.parametrize(("family", "method"), CASES)
@@ -164,6 +172,28 @@ def test_a_prompt_without_padding_is_pruned_without_waiting(family, method):
     """One sequence, as generate() gives it: no tensor is asked for a value, and no shape depends on one."""
     inputs = zoo.prompt(family)
     del inputs["attention_mask"]
+    assert waits(model_of(family), inputs, QUIET[method]) == {}
+
+
+def test_empty_windows_are_asked_for_where_the_kernel_takes_one_at_a_time():
+    """Once a drop, where transformers would ask in every block. Flash attention takes empty windows, so nobody asks."""
+    family, method = WINDOWS
+    inputs = zoo.prompt(family)
+    del inputs["attention_mask"]
+    found = waits(model_of(family), inputs, QUIET[method])
+    assert {where.split(" ")[-1].split(":")[0] for where in found} == {"engine/vision_rows.py"}
+    assert sum(count for where, count in found.items() if where.startswith("cpu")) == 1
+    model = zoo.build(family)
+    with flash_vision(model):
+        assert waits(model, inputs, QUIET[method]) == {}
+
+
+@pytest.mark.parametrize("method", ["hired", "mustdrop", "chain"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_a_mask_that_hides_nothing_is_not_asked(family, method):
+    """As generate() gives it: transformers itself reads the mask for the kernel's sake."""
+    inputs = zoo.prompt(family)
+    assert inputs["attention_mask"].all()
     assert waits(model_of(family), inputs, QUIET[method]) == {}
 
 
@@ -194,6 +224,7 @@ class Waiting(vlprune.Method):
             lambda: loud.unique(),
             lambda: loud.repeat_interleave((loud > 0).long()),
             lambda: loud.cpu(),
+            lambda: torch.arange(3).to(loud.device),
         ]
         for ask in asks:
             ask()
@@ -209,7 +240,8 @@ def test_waiting_is_noticed(monkeypatch):
 
     found = ways(Waiting(budget=0.5)) - ways(vlprune.Random(budget=0.5))
     assert found["tolist"] == 2
-    assert {"item", "__float__", "__bool__", "__getitem__", "nonzero", "unique", "repeat_interleave", "cpu"} <= found.keys()
+    asked = {"item", "__float__", "__bool__", "__getitem__", "nonzero", "unique", "repeat_interleave", "cpu", "copy"}
+    assert asked <= found.keys()
 
 
 # ------------------------------------------------------------------ memory
@@ -264,14 +296,12 @@ BUDGET = 0.6
 
 @pytest.mark.parametrize("method", vlprune.methods())
 def test_no_method_needs_more_memory_than_none(method):
-    """The peak of a prefill with 576 visual tokens. What SnapKV's voters said is kept until all layers have run."""
+    """The peak of a prefill with 576 visual tokens."""
     model, inputs = wide(), question()
-    tokens = inputs["input_ids"].shape[1]
-    votes = 4 * 8 * tokens * 4 if method == "snapkv" else 0
     unpruned = peak(model, inputs)
     with vlprune.applied(model, method, budget=BUDGET):
         peak(model, inputs)
-        assert peak(model, inputs) <= unpruned + 1.2 * votes
+        assert peak(model, inputs) <= unpruned
 
 
 # ------------------------------------------------------------------ nothing to do

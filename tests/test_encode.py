@@ -79,6 +79,19 @@ class Pairs(Recorder):
         return vlprune.Selection(keep, vlprune.Merge(target, torch.arange(1.0, rows + 1).repeat(tiles, 1)))
 
 
+class Corner(Recorder):
+    """The first quarter of the rows stays, so that nobody is left of some windows."""
+
+    needs = (vlprune.signals.ReceivedAttention(),)
+
+    def choose(self, tokens):
+        tiles, rows = tokens.patches.shape
+        received = tokens[vlprune.signals.ReceivedAttention()]
+        assert received.shape[2] == rows
+        assert received.isfinite().all()
+        return vlprune.Selection(torch.arange(max(1, rows // 4)).expand(tiles, -1))
+
+
 FAMILIES = [family for family in zoo.FAMILIES if family != "llava_onevision"]
 """All but the one that mixes patches behind its encoder."""
 CASES = [(Half, (1,)), (Half, (0, 1)), (Uneven, (1,)), (Pairs, (0, 1))]
@@ -140,6 +153,23 @@ def test_flash_attention_gives_the_same_features(family, method, after):
     with vlprune.applied(model, method(after=after)), flash_vision(model), torch.no_grad():
         features = pieces(zoo.image_features(model, inputs))
     for ours, theirs in zip(features, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_windows_that_nobody_is_left_of(kernel):
+    """Kernels that take one at a time are not given them, flash attention is; signals are measured all the same."""
+    model, inputs = zoo.build("qwen2_5_vl", kernel), zoo.prompt("qwen2_5_vl", **zoo.SCENARIOS["batch"])
+    pruned, expected, _ = both(model, inputs, Corner(after=(0, 2)), lambda: zoo.generate(model, inputs))
+    torch.testing.assert_close(pruned.raw, expected.raw, atol=1e-4, rtol=0)
+    with vlprune.applied(model, Corner(after=(0, 2))), torch.no_grad():
+        features = pieces(zoo.image_features(model, inputs))
+        bounds: list[Tensor] = []
+        watcher = lambda call: bounds.append(call.options["cu_seq_lens_q"])  # noqa: E731
+        with flash_vision(model), attention.watching({parts_of(model).vision_attention(2): watcher}):
+            flash = pieces(zoo.image_features(model, inputs))
+    assert (bounds[0].diff() == 0).any()
+    for ours, theirs in zip(flash, features, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 

@@ -208,6 +208,27 @@ def test_a_method_is_asked_again_every_so_many_tokens():
     assert [layer.keys.shape[2] for layer in cache.layers] == [length - 15] * LAYERS
 
 
+@pytest.mark.parametrize("early", [False, True])
+def test_a_layer_is_evicted_as_soon_as_the_prompt_has_lost_its_last_token(early):
+    """Before the next layer runs; layers that wait for a drop further up are evicted right after it."""
+    snapkv = vlprune.SnapKV(budget=4)
+    method = vlprune.chain(vlprune.FastV(layer=2, keep=0.5), snapkv) if early else snapkv
+    model, inputs, cache = zoo.build("llava"), zoo.prompt("llava"), DynamicCache()
+    held: list[list[int]] = []
+
+    def note(*_: Any) -> None:
+        held.append([layer.keys.shape[2] for layer in cache.layers if getattr(layer, "keys", None) is not None])
+
+    with vlprune.applied(model, method), torch.no_grad():
+        for layer in model.model.language_model.layers:
+            layer.register_forward_pre_hook(note)
+        model(**inputs, past_key_values=cache)
+    length = inputs["input_ids"].shape[1]
+    short = length - 16 + 4
+    assert held == [[], [length if early else short], [short] * 2, [short] * 3]
+    assert [layer.keys.shape[2] for layer in cache.layers] == [short] * LAYERS
+
+
 def test_a_visual_exit_leaves_no_visual_token_behind():
     """The layers from 2 on hold as many entries as the prompt has words, and samples without an image are not longer."""
     model, inputs = model_of("llava"), zoo.prompt("llava", **zoo.SCENARIOS["batch"])

@@ -18,10 +18,12 @@ from transformers.cache_utils import DynamicCache
 
 from vlprune.engine import cache as caches
 from vlprune.engine import masks, stages
+from vlprune.engine.devices import to_device
 from vlprune.engine.encoder import Chosen, EncoderHooks
 from vlprune.engine.family import Parts
 from vlprune.engine.rows import RowMap, Take, put, take, take_tables
 from vlprune.engine.sequence import Image, Sequence
+from vlprune.engine.stages import Ledger, Pass
 from vlprune.engine.text_signals import TextSignals
 from vlprune.errors import VLPruneError
 from vlprune.method import Method
@@ -50,7 +52,8 @@ class Prefill:
 class Passed:
     """What happened before one layer: ``changes`` of the hidden states, in order, then ``rows (B, n)`` as they were in it.
 
-    Kept, since checkpointing runs the layers again during backward. ``alive``: each image's tokens.
+    Kept, since checkpointing runs the layers again during backward. ``alive``: each image's tokens. ``row_map``: of the
+    layer's cache once the layer has run, ``left``: after eviction.
     """
 
     changes: list[Callable[[Tensor], Tensor]]
@@ -59,28 +62,47 @@ class Passed:
     filler: bool
     alive: list[Tensor]
     row_map: RowMap | None = None
+    left: RowMap | None = None
 
 
 @dataclass(eq=False)
 class Forward:
     """One pass through the text model.
 
-    ``sequence``: the prompt under way, None where nothing can leave. ``old``: the row map of each layer's cache before the
-    pass, ``group``: a number for each of them. ``passed``: what was found at the layers so far.
+    ``now``: what the method's stages are told of it. ``mask``: as the text model was given it. ``old``: the row map of each
+    layer's cache before the pass, ``group``: a number for each of them. ``ledger``: the images whose entries the method may
+    evict, None if it is not asked. ``passed``: what was found at the layers so far, ``finished``: how many of them need
+    nothing any more that was measured in them.
     """
 
     batch: int
     length: int
     past: int
     cache: Any
-    flash: bool
-    sequence: Sequence | None
+    attention: str
+    now: Pass
+    mask: Any
     old: list[RowMap | None]
     group: list[int]
     types: Listing[str] | None
-    signals: TextSignals | None = None
+    ledger: Ledger | None = None
     passed: dict[int, Passed] = field(default_factory=dict)
+    finished: int = 0
     memo: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def sequence(self) -> Sequence | None:
+        """The prompt under way, None where nothing can leave."""
+        return self.now.sequence
+
+    @property
+    def flash(self) -> bool:
+        return "flash" in self.attention
+
+    @property
+    def ends(self) -> int:
+        """Logical tokens after the pass."""
+        return self.past + self.length
 
     def once(self, name: Any, make: Callable[[], Any]) -> Any:
         """Layers that hold the same tokens share what the first one computed."""
@@ -124,7 +146,7 @@ class DeepStack:
             full = take(features[number.clamp(min=0).flatten()].view(*visual.shape, -1), rows, 1)
             alive = (visual.gather(1, rows.clamp(min=0)) & (rows >= 0))[..., None]
             return hidden + (full * alive).to(hidden.device, hidden.dtype)
-        if forward is not None and forward.signals is not None:
+        if forward is not None and forward.now.signals is not None:
             # Some versions of transformers add in place, to what a signal of the layer may be.
             hidden = hidden.clone()
         return type(text)._deepstack_process(text, hidden, visual, features)
@@ -195,7 +217,7 @@ class DecoderHooks:
         embeddings = kwargs.get("inputs_embeds")
         if embeddings is None:
             return None
-        chosen = self._chosen()
+        chosen = self.encoder.chosen if self.visual is not None else None
         cache = kwargs.get("past_key_values")
         pruned = isinstance(cache, caches.PrunedCache)
         if chosen is None and not pruned:
@@ -211,12 +233,11 @@ class DecoderHooks:
             images = placed(chosen, self.visual)
             self.prefill = Prefill(_distinct(images), batch, length, past)
             if pruning:
-                mask = None if self.unpadded else kwargs.get("attention_mask")
-                sequence = Sequence(images, self.visual, masks.padding(mask, past, length, batch))
-        forward = self._begin(text, cache, sequence, batch, length, past)
+                sequence = Sequence(images, self.visual)
         if sequence is None and not pruned:
             return None
-        self.forward = forward
+        mask = None if self.unpadded else kwargs.get("attention_mask")
+        self.forward = forward = self._begin(text, cache, sequence, mask, batch, length, past)
         self._observe(forward)
         if text.training and torch.is_grad_enabled():
             # Checkpointing runs the layers again during backward, when no forward is under way (transformers < 5.23).
@@ -236,58 +257,89 @@ class DecoderHooks:
                 out.last_hidden_state = put(out.last_hidden_state, sequence.rows, forward.length)
             return out
         finally:
-            if forward.signals is not None:
-                forward.signals.close()
+            if forward.now.signals is not None:
+                forward.now.signals.close()
 
-    def _chosen(self) -> dict[int, list[Chosen]] | None:
-        chosen: Any = self.encoder.chosen if self.visual is not None else None
-        return {1: chosen} if isinstance(chosen, list) else chosen
-
-    def _begin(self, text: Any, cache: Any, sequence: Sequence | None, batch: int, length: int, past: int) -> Forward:
+    def _begin(
+        self, text: Any, cache: Any, sequence: Sequence | None, mask: Any, batch: int, length: int, past: int
+    ) -> Forward:
         layers = len(self.parts.text_layers)
-        flash = "flash" in (text.config._attn_implementation or "")
-        types = getattr(text.config, "layer_types", None)
-        if isinstance(cache, caches.PrunedCache):
-            return Forward(batch, length, past, cache, flash, sequence, list(cache.row_maps), cache.groups, types)
-        return Forward(batch, length, past, cache, flash, sequence, [None] * layers, [-1] * layers, types)
+        pruned = isinstance(cache, caches.PrunedCache)
+        return Forward(
+            batch=batch,
+            length=length,
+            past=past,
+            cache=cache,
+            attention=text.config._attn_implementation or "",
+            now=Pass(self.method, self.parts, sequence, self.drafts),
+            mask=mask,
+            old=list(cache.row_maps) if pruned else [None] * layers,
+            group=cache.groups if pruned else [-1] * layers,
+            types=getattr(text.config, "layer_types", None),
+        )
 
     def _observe(self, forward: Forward) -> None:
-        """Opens the signals that the method will ask for during or after this pass."""
-        sequence, ledger = forward.sequence, getattr(forward.cache, "ledger", None)
+        """Opens the signals that the method will ask for during this pass."""
+        sequence, ledger = forward.sequence, self._ledger(forward)
+        forward.ledger = ledger
         if sequence is not None:
             wanted = stages.wanted(self.method, self.parts, sequence.all_images())
-        elif ledger is not None and ledger.due(forward.past + forward.length, self.method.every):
+        elif ledger is not None:
             wanted = stages.wanted(self.method, self.parts, ledger.images())
         else:
             return
         if wanted:
             held = {layer: forward.held(layer) for layer in wanted}
-            forward.signals = TextSignals(self.parts, sequence, wanted, held, self.drafts)
-            forward.signals.open()
+            forward.now.signals = TextSignals(self.parts, sequence, wanted, held, self.drafts)
+            forward.now.signals.open()
+
+    def _ledger(self, forward: Forward) -> Ledger | None:
+        """The images whose entries the method may evict in this pass."""
+        if "evict" not in self.method.stages or forward.cache is None:
+            return None
+        if forward.sequence is not None:
+            return Ledger(forward.ends)
+        ledger = getattr(forward.cache, "ledger", None)
+        return ledger if ledger is not None and ledger.due(forward.ends, self.method.every) else None
 
     def _settle(self, forward: Forward) -> None:
-        """After the last layer: the cache learns what its layers hold, the method may evict, the report what it was like."""
-        sequence, cache = forward.sequence, forward.cache
-        if sequence is not None and cache is not None and any(step.row_map is not None for step in forward.passed.values()):
-            caches.adopt(cache, [forward.passed[layer].row_map for layer in range(len(forward.old))])
-        if "evict" in self.method.stages and cache is not None:
-            self._evict(forward)
+        """After the last layer: the cache learns what its layers hold, the report what the pass was like."""
+        sequence, cache, ledger = forward.sequence, forward.cache, forward.ledger
+        if sequence is None and ledger is None:
+            return
+        self._finish(forward, len(forward.old))
+        row_maps = [forward.passed[layer].left for layer in range(len(forward.old))]
+        if cache is not None and any(row_map is not None for row_map in row_maps):
+            caches.adopt(cache, row_maps)
+            if ledger is not None:
+                ledger.asked(forward.ends, self.method.every)
+                cache.ledger = ledger if self.method.every else None
         if sequence is not None:
             self._note(forward, sequence)
 
-    def _evict(self, forward: Forward) -> None:
-        length = forward.past + forward.length
-        if forward.sequence is not None:
-            ledger = stages.Ledger.of(forward.sequence, forward.past, {i: p.alive for i, p in forward.passed.items()}, length)
-        else:
-            ledger = getattr(forward.cache, "ledger", None)
-            if ledger is None or not ledger.due(length, self.method.every):
-                return
-        ledger.evict(self.method, self.parts, forward.signals, forward.cache, length)
+    def _finish(self, forward: Forward, layer: int) -> None:
+        """Lets the method evict from the layers before ``layer``, which have run, and forgets what was measured in them.
+
+        This waits while tokens are still to leave before a later layer: what a method notes then, it may need to evict.
+        Otherwise whole caches and measured signals do not wait for the end of the pass.
+        """
+        now, ledger = forward.now, forward.ledger
+        if any(hook > layer for hook in now.leaving()):
+            return
+        for done in range(forward.finished, layer):
+            passed = forward.passed[done]
+            passed.left = passed.row_map
+            if ledger is not None:
+                if now.sequence is not None:
+                    ledger.note(done, now.sequence, forward.past, passed.alive)
+                passed.left = ledger.evict(now, forward.cache, done, passed.row_map, forward.ends)
+            if now.signals is not None:
+                now.signals.forget_layer(done)
+        forward.finished = layer
 
     def _note(self, forward: Forward, sequence: Sequence) -> None:
         assert self.prefill is not None
-        logical = forward.past + forward.length
+        logical = forward.ends
         for layer, passed in forward.passed.items():
             old, now = forward.old[layer], caches.row_map(forward.cache, layer)
             self.prefill.physical.append(forward.length if passed.rows is None else passed.rows.shape[1])
@@ -321,7 +373,7 @@ class DecoderHooks:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         if layer not in forward.passed:
-            forward.passed[layer] = self._pass(forward, layer, hidden)
+            forward.passed[layer] = self._pass(forward, layer, hidden, kwargs.get("attention_mask"))
         for change in forward.passed[layer].changes:
             hidden = change(hidden)
         changed = self._translate(forward, layer, kwargs)
@@ -329,39 +381,53 @@ class DecoderHooks:
             return (hidden, *args[1:]), changed
         return args, {**changed, "hidden_states": hidden}
 
-    def _pass(self, forward: Forward, layer: int, hidden: Tensor) -> Passed:
-        """Lets tokens leave before ``layer``."""
+    def _pass(self, forward: Forward, layer: int, hidden: Tensor, mask: Any) -> Passed:
+        """Lets tokens leave before ``layer``, which is given ``mask``."""
         sequence = forward.sequence
         if sequence is None:
             passed = Passed([], None, 0, False, [])
         else:
             changes: list[Callable[[Tensor], Tensor]] = []
+            if layer == 0:
+                sequence.enter(self._padding(forward, mask))
             if layer == 0 and sequence.rows is not None:
                 changes.append(Take(sequence.rows))
-                if stages.asked(self.method, sequence, layer):
+                if layer in forward.now.leaving():
                     hidden = changes[0](hidden.detach())
-            changes += stages.prefill(self.method, self.parts, sequence, forward.signals, layer, hidden, self.drafts)
+            changes += stages.prefill(forward.now, layer, hidden)
             alive = [image.alive for image in sequence.all_images()]
             passed = Passed(changes, sequence.rows, sequence.version, sequence.filler, alive)
         forward.passed[layer] = passed
         passed.row_map = self._row_map(forward, layer, hidden.device)
+        self._finish(forward, layer)
         return passed
+
+    @staticmethod
+    def _padding(forward: Forward, mask: Any) -> Tensor | None:
+        """Which of the new tokens are padding. ``mask``: what the first layer is given."""
+        given = forward.mask
+        if mask is None and torch.is_tensor(given) and given.ndim == 2 and (forward.flash or forward.attention == "sdpa"):
+            # transformers has read the mask for these kernels, and leaves it out where it hides nothing.
+            return None
+        return masks.padding(given, forward.past, forward.length, forward.batch)
 
     def _translate(self, forward: Forward, layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Keyword arguments of a decoder layer, in physical rows and columns."""
         passed = forward.passed[layer]
-        rows = passed.rows
+        rows, changed = passed.rows, dict(kwargs)
+        if forward.sequence is not None and forward.flash and "position_ids" in kwargs:
+            # Positions of visual tokens have gaps, which look like packed sequences to flash attention.
+            changed["position_ids"] = None
         if passed.row_map is None:
-            return kwargs
-        kind, changed = forward.kind(layer), dict(kwargs)
+            return changed
+        kind = forward.kind(layer)
         if rows is not None:
             for name in [n for n in kwargs if n.startswith("position_embeddings") and kwargs[n] is not None]:
                 tables = kwargs[name]
                 changed[name] = forward.once((name, kind), lambda tables=tables: tuple(take_tables(t, rows) for t in tables))
-            if kwargs.get("position_ids") is not None:
-                # Gaps in position ids look like packed sequences to flash attention.
-                ids = kwargs["position_ids"]
-                changed["position_ids"] = None if forward.flash else forward.once(("ids", kind), lambda: take(ids, rows, 1))
+            ids = changed.get("position_ids")
+            if ids is not None:
+                changed["position_ids"] = forward.once(("ids", kind), lambda: take(ids, rows, 1))
         if kwargs.get("cache_position") is not None:
             changed["cache_position"] = self._cache_position(forward, layer, rows, kwargs["cache_position"])
         changed["attention_mask"] = forward.once(
@@ -415,7 +481,9 @@ def placed(chosen: dict[int, list[Chosen]], visual: Tensor) -> list[list[Image]]
             for choice in own:
                 total = choice.layout.total
                 run = places[sample, start : start + total]
-                alive = torch.arange(total, device=visual.device) if choice.keep is None else choice.keep.to(visual.device)
+                alive = (
+                    torch.arange(total, device=visual.device) if choice.keep is None else to_device(choice.keep, visual.device)
+                )
                 images[sample].append(Image(choice, sample, run, alive, notes=dict(choice.notes)))
                 start += total
     return images

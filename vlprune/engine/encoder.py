@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from vlprune.engine import cache as caches
+from vlprune.engine.devices import to_device
 from vlprune.engine.family import IMAGE, MODALITIES, SEAMS, VIDEO, Parts
 from vlprune.engine.features import features_of, put_together, restored, taken_apart, with_features
 from vlprune.engine.merging import merged
@@ -311,4 +312,4 @@ class EncoderHooks:
             return None
         (rows, columns), _ = self.shrunk
         full = out.new_zeros(out.shape[0], rows * columns, out.shape[2])
-        return full.index_copy(1, centres(*self.shrunk).to(out.device), out)
+        return full.index_copy(1, to_device(centres(*self.shrunk), out.device), out)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlprune.engine.devices import to_device
 from vlprune.errors import VLPruneError
 from vlprune.image import ImageLayout, centres
 
@@ -80,6 +81,6 @@ def restored(out: Any, layouts: list[ImageLayout], grids: list[tuple[int, int]])
 def _on_full_grids(features: Any, layouts: list[ImageLayout], grids: list[tuple[int, int]]) -> Any:
     full = []
     for image, layout, grid in zip(features, layouts, grids, strict=True):
-        places = layout.placeholder[:, centres(layout.grid, grid)].flatten().to(image.device)
+        places = to_device(layout.placeholder[:, centres(layout.grid, grid)].flatten(), image.device)
         full.append(image.new_zeros(layout.total, image.shape[-1]).index_copy(0, places, image))
     return type(features)(full)

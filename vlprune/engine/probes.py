@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vlprune.engine import attention
 from vlprune.engine.attention import Call
+from vlprune.engine.devices import to_device
 from vlprune.engine.family import Parts
 from vlprune.signals import (
     ClsAttention,
@@ -52,9 +53,17 @@ class Place:
         """Whether all patches are still there."""
         return self.patches.shape[1] == self.total
 
+    def on(self, device: torch.device) -> Place:
+        """The same, with its tensors on ``device``."""
+        if self.batch.device == self.rows.device == self.patches.device == device:
+            return self
+        batch, rows, patches = (to_device(tensor, device) for tensor in (self.batch, self.rows, self.patches))
+        return replace(self, batch=batch, rows=rows, patches=patches)
+
     def index(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """What to index ``(B, L, ...)`` with."""
-        return self.batch.to(device)[:, None, None], self.rows.to(device)
+        there = self.on(device)
+        return there.batch[:, None, None], there.rows
 
     def of(self, values: Tensor) -> Tensor:
         """This image's part of ``values (B, L, ...)``: ``(tiles, n, k, ...)``."""
@@ -65,14 +74,13 @@ class Place:
         if self.complete:
             return values
         full = values.new_zeros(values.shape[0], self.total, *values.shape[2:])
-        return full.scatter(1, _index(self.patches.to(values.device), values), values)
+        return full.scatter(1, _index(to_device(self.patches, values.device), values), values)
 
     def pick(self, full: Tensor) -> Tensor:
         """The inverse of :meth:`spread`."""
         if self.complete:
             return full
-        index = _index(self.patches.to(full.device), full)
-        return full.gather(1, index)
+        return full.gather(1, _index(to_device(self.patches, full.device), full))
 
 
 def _index(patches: Tensor, values: Tensor) -> Tensor:
@@ -201,7 +209,7 @@ class Probe:
             return [_mean_attention(place.of(query), place.of(key), scaling) for place in places]
         if isinstance(signal, ClsValues):
             values = self.calls[layer][0].value[:, :, 0]
-            return [values[place.batch.to(values.device)].float() for place in places]
+            return [values[to_device(place.batch, values.device)].float() for place in places]
         values = self._all(signal, layer, places, filler)
         return [place.of(values).float().mean(2) for place in places]
 
@@ -233,7 +241,7 @@ def _rows(calls: list[Call], name: str) -> Tensor:
 
 
 def _segments(calls: list[Call], lengths: list[int] | None) -> list[Call]:
-    """One call for each stretch of rows that attend to each other.
+    """One call for each stretch of rows that attend to each other. Nobody may be left of some; these have none.
 
     Flash attention gets all of them in one call with their bounds, others one by one, or with a mask that lets each image
     see itself. ``lengths``: rows of each image where these are packed one behind the other, None for tiles.
@@ -246,7 +254,7 @@ def _segments(calls: list[Call], lengths: list[int] | None) -> list[Call]:
     (call,) = calls
     assert lengths is not None
     parts = zip(*(t.split(lengths, dim=2) for t in (call.query, call.key, call.value)), strict=True)
-    return [replace(call, query=query, key=key, value=value, mask=None) for query, key, value in parts]
+    return [replace(call, query=q, key=k, value=v, mask=None) for q, k, v in parts if q.shape[2]]
 
 
 def _paid_by_cls(call: Call) -> Tensor:

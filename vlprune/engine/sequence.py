@@ -37,18 +37,25 @@ class Sequence:
     """The tokens of one pass that are alive, of all samples of the batch.
 
     ``rows (B, n)``: logical position of each physical row, None while nothing has left. ``lengths``: rows of each sample that
-    are no filler. ``version`` counts how often rows have left.
+    are no filler, known from ``enter`` on. ``version`` counts how often rows have left.
     """
 
-    def __init__(self, images: list[list[Image]], visual: Tensor, padding: Tensor | None):
+    def __init__(self, images: list[list[Image]], visual: Tensor):
         self.images = images
         self.visual = visual > 0
-        self.padding = padding
-        self.alive = torch.ones_like(self.visual) if padding is None else ~padding.to(visual.device)
+        self.padding: Tensor | None = None
+        self.alive = torch.ones_like(self.visual)
         self.rows: Tensor | None = None
         self.version = 0
-        self.lengths = self._entering()
+        self.lengths: list[int] = []
         self._slots: list[Tensor | None] = []
+
+    def enter(self, padding: Tensor | None) -> None:
+        """The first layer is about to run: ``padding (B, L)``, and what was dropped before the LLM, leaves."""
+        self.padding = padding
+        if padding is not None:
+            self.alive = ~padding.to(self.visual.device)
+        self.lengths = self._entering()
         whole = padding is None and min(self.lengths) == self.alive.shape[1]
         if not whole:
             self.rows = right_align(self.alive, max(self.lengths))

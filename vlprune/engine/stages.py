@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlprune.engine import cache as caches
+from vlprune.engine.devices import to_device
 from vlprune.engine.family import Parts
 from vlprune.engine.merging import merged
 from vlprune.engine.rows import RowMap, Take, right_align
@@ -38,34 +39,51 @@ def wanted(method: Method, parts: Parts, images: list[Image]) -> dict[int, list[
     return needed
 
 
+@dataclass(eq=False)
+class Pass:
+    """A pass through the LLM and who is asked in it.
+
+    ``sequence``: the prompt, None while text is generated. ``drafts``: tokens at the end that are no prompt. ``signals``: what
+    is measured on the way, None if nothing is.
+    """
+
+    method: Method
+    parts: Parts
+    sequence: Sequence | None
+    drafts: int
+    signals: TextSignals | None = None
+
+    def leaving(self) -> dict[int, list[Image]]:
+        """Layer -> images that lose tokens before it, as far as they have not lost them yet."""
+        found: dict[int, list[Image]] = {}
+        for image in [] if self.sequence is None else self.sequence.all_images():
+            for layer, count in image.chosen.plan.prefill.items():
+                if self.method.adaptive or count < image.count:
+                    found.setdefault(layer, []).append(image)
+        return found
+
+
 # ------------------------------------------------------------------ prefill
 
 
-def asked(method: Method, sequence: Sequence, layer: int) -> list[Image]:
-    """The images that lose tokens before ``layer``."""
-    planned = [image for image in sequence.all_images() if layer in image.chosen.plan.prefill]
-    return [image for image in planned if method.adaptive or image.chosen.plan.prefill[layer] < image.count]
-
-
-def prefill(
-    method: Method, parts: Parts, sequence: Sequence, signals: TextSignals | None, layer: int, hidden: Tensor, drafts: int
-) -> list[Callable[[Tensor], Tensor]]:
+def prefill(now: Pass, layer: int, hidden: Tensor) -> list[Callable[[Tensor], Tensor]]:
     """Lets the method choose before ``layer``. Returns what is to be done with its hidden states ``(B, n, D)``."""
-    images = asked(method, sequence, layer)
-    if not images:
+    method, sequence, signals = now.method, now.sequence, now.signals
+    images = now.leaving().get(layer)
+    if sequence is None or not images:
         return []
     kept: list[tuple[Image, Tensor]] = []
     changes: list[Callable[[Tensor], Tensor]] = []
     for image in images:
         clock = Clock(hidden.device)
-        tokens = _layer_tokens(method, parts, sequence, signals, layer, hidden, image, drafts)
+        tokens = _layer_tokens(now, sequence, layer, hidden, image)
         with torch.no_grad():
             selection = method.prefill(tokens)
         _check(method, selection, tokens.count, image.count, f"before LLM layer {layer}")
         if selection.merge is not None:
             rows = sequence.slots(image.sample, image.places[image.alive])
             changes.append(functools.partial(_merge_rows, sample=image.sample, rows=rows, selection=selection))
-        keep = selection.keep.to(image.alive.device)
+        keep = to_device(selection.keep, image.alive.device)
         kept.append((image, keep))
         image.steps.append(Step("prefill", layer, image.count, image.alive[keep], clock.stop()))
     changes.append(Take(sequence.drop(kept)))
@@ -74,21 +92,13 @@ def prefill(
     return changes
 
 
-def _layer_tokens(
-    method: Method,
-    parts: Parts,
-    sequence: Sequence,
-    signals: TextSignals | None,
-    layer: int,
-    hidden: Tensor,
-    image: Image,
-    drafts: int,
-) -> LayerTokens:
+def _layer_tokens(now: Pass, sequence: Sequence, layer: int, hidden: Tensor, image: Image) -> LayerTokens:
+    signals, parts = now.signals, now.parts
     length, size = sequence.lengths[image.sample], sequence.size
     logical = None if sequence.rows is None else sequence.rows[image.sample, size - length :]
     values: dict[Signal, Tensor] = {}
     rows: dict[Signal, Tensor] = {}
-    for signal in method.wants(parts.shape) if signals is not None else ():
+    for signal in now.method.wants(parts.shape) if signals is not None else ():
         if signal.tower == "vision":
             continue
         source = resolved(signal, len(parts.text_layers), layer)
@@ -104,7 +114,7 @@ def _layer_tokens(
         hidden=hidden[image.sample, size - length :].detach(),
         visual=(sequence.slots(image.sample, image.places[image.alive]) - (size - length)).to(hidden.device),
         positions=image.alive.to(hidden.device),
-        last=length - 1 - drafts,
+        last=length - 1 - now.drafts,
         count=image.chosen.plan.prefill[layer],
         layout=image.chosen.layout,
         shape=parts.shape,
@@ -116,7 +126,7 @@ def _layer_tokens(
 
 def _move(tensors: dict[Any, Tensor], device: torch.device) -> None:
     """Layers may lie on several devices; what a method is shown together lies on one."""
-    tensors.update({name: tensor.to(device) for name, tensor in tensors.items()})
+    tensors.update({name: to_device(tensor, device) for name, tensor in tensors.items()})
 
 
 def _check(method: Method, selection: Selection, count: int, present: int, where: str) -> None:
@@ -159,58 +169,48 @@ class Entries:
         return logical if row_map is None else row_map.find(self.sample, logical)
 
 
-def evict(
-    method: Method,
-    parts: Parts,
-    entries: list[Entries],
-    signals: TextSignals | None,
-    cache: Any,
-    layer: int,
-    length: int,
-    new_tokens: int,
-) -> RowMap | None:
-    """Lets the method choose what stays in the cache of ``layer``, of ``length`` logical tokens.
+@dataclass(frozen=True, eq=False)
+class Held:
+    """What the cache of one layer holds after a pass: keys and values in ``store``, of ``length`` logical tokens.
 
-    Returns the layer's new row map, None if all stays.
+    ``row_map``: which of them, None for all. ``new_tokens``: how many were generated.
     """
-    store, row_map = cache.layers[layer], caches.row_map(cache, layer)
+
+    layer: int
+    store: Any
+    row_map: RowMap | None
+    length: int
+    new_tokens: int
+
+
+def evict(now: Pass, held: Held, entries: list[Entries]) -> RowMap | None:
+    """Lets the method choose what stays of ``entries``. Returns the layer's row map."""
+    method, layer, device = now.method, held.layer, held.store.keys.device
     kept: list[tuple[Entries, Tensor, Tensor]] = []
     for entry in entries:
         count = entry.image.chosen.plan.cached.get(layer)
         if count is None or (count >= entry.count and not method.adaptive):
             continue
-        clock = Clock(store.keys.device)
-        slots = entry.slots(row_map).to(store.keys.device)
-        entry.alive = entry.alive.to(store.keys.device)
+        clock = Clock(device)
+        slots = entry.slots(held.row_map).to(device)
+        entry.alive = entry.alive.to(device)
         with torch.no_grad():
-            selection = method.evict(_cache_tokens(method, parts, signals, store, layer, entry, slots, count, new_tokens))
+            selection = method.evict(_cache_tokens(now, held, entry, slots, count))
         _check(method, selection, count, entry.count, f"in the cache of LLM layer {layer}")
-        kept.append((entry, slots, _pick(slots, selection.keep)))
-        before, entry.alive = entry.count, _pick(entry.alive, selection.keep)
+        keep = to_device(selection.keep, device)
+        kept.append((entry, slots, _pick(slots, keep)))
+        before, entry.alive = entry.count, _pick(entry.alive, keep)
         entry.image.steps.append(Step("evict", layer, before, entry.alive, clock.stop()))
-    return (
-        _rewrite(store, row_map or RowMap.identity(store.keys.shape[0], length, store.keys.device), length, kept)
-        if kept
-        else None
-    )
+    return _rewrite(held, kept) if kept else held.row_map
 
 
-def _cache_tokens(
-    method: Method,
-    parts: Parts,
-    signals: TextSignals | None,
-    store: Any,
-    layer: int,
-    entry: Entries,
-    slots: Tensor,
-    count: int,
-    new_tokens: int,
-) -> CacheTokens:
+def _cache_tokens(now: Pass, held: Held, entry: Entries, slots: Tensor, count: int) -> CacheTokens:
+    layer, store, signals, shape = held.layer, held.store, now.signals, now.parts.shape
     heads, width = store.keys.shape[1], store.keys.shape[3]
     index = slots.expand(heads, -1)[..., None].expand(-1, -1, width)
     values = {
         signal: signals.of(signal, layer, entry.sample, slots)
-        for signal in (method.wants(parts.shape) if signals is not None else ())
+        for signal in (now.method.wants(shape) if signals is not None else ())
         if signals is not None and signals.holds(signal, layer)
     }
     _move(entry.image.notes, store.keys.device)
@@ -220,9 +220,9 @@ def _cache_tokens(
         values=store.values[entry.sample].gather(1, index[..., :1].expand(-1, -1, store.values.shape[3])),
         positions=entry.alive,
         count=count,
-        new_tokens=new_tokens,
+        new_tokens=held.new_tokens,
         layout=entry.image.chosen.layout,
-        shape=parts.shape,
+        shape=shape,
         signals=values,
         notes=entry.image.notes,
     )
@@ -236,8 +236,13 @@ def _pick(values: Tensor, keep: Tensor) -> Tensor:
     return values.expand(heads, -1).gather(1, keep.expand(heads, -1))
 
 
-def _rewrite(store: Any, row_map: RowMap, length: int, kept: list[tuple[Entries, Tensor, Tensor]]) -> RowMap:
-    """Closes the gaps in a layer's keys and values; returns the row map of what is left."""
+def _rewrite(held: Held, kept: list[tuple[Entries, Tensor, Tensor]]) -> RowMap:
+    """Closes the gaps in a layer's keys and values; returns the row map of what is left.
+
+    ``kept``: slots of an image's entries, and those of them that stay.
+    """
+    store, length = held.store, held.length
+    row_map = held.row_map or RowMap.identity(store.keys.shape[0], length, store.keys.device)
     logical = row_map.entries(length - row_map.dropped).to(store.keys.device)
     if any(stay.ndim == 2 for _, _, stay in kept):
         logical = logical.expand(-1, store.keys.shape[1], -1)
@@ -255,24 +260,19 @@ def _rewrite(store: Any, row_map: RowMap, length: int, kept: list[tuple[Entries,
 
 @dataclass(eq=False)
 class Ledger:
-    """The images of a cache. ``entries``: layer -> what it holds of them. ``start``: logical tokens of the prompt.
+    """The images of a cache. ``start``: logical tokens of the prompt. ``entries``: layer -> what it holds of them.
 
     ``turns``: how often the method has been asked since.
     """
 
-    entries: dict[int, list[Entries]]
     start: int
+    entries: dict[int, list[Entries]] = field(default_factory=dict)
     turns: int = 0
 
-    @classmethod
-    def of(cls, sequence: Sequence, past: int, alive: dict[int, list[Tensor]], length: int) -> Ledger:
-        """The images of a pass. ``alive``: layer -> the tokens of each image that went through it."""
+    def note(self, layer: int, sequence: Sequence, past: int, alive: list[Tensor]) -> None:
+        """A prompt behind ``past`` tokens has gone through ``layer``. ``alive``: the tokens of each image that did."""
         images = sequence.all_images()
-        entries = {
-            layer: [Entries(i, i.sample, i.places + past, a) for i, a in zip(images, tokens, strict=True)]
-            for layer, tokens in alive.items()
-        }
-        return cls(entries, length)
+        self.entries[layer] = [Entries(i, i.sample, i.places + past, a) for i, a in zip(images, alive, strict=True)]
 
     def images(self) -> list[Image]:
         return [entry.image for entry in next(iter(self.entries.values()), [])]
@@ -281,18 +281,15 @@ class Ledger:
         """Whether the method is to be asked once the cache holds ``length`` logical tokens."""
         return every is not None and (length - self.start) // every > self.turns
 
-    def evict(self, method: Method, parts: Parts, signals: TextSignals | None, cache: Any, length: int) -> None:
-        """Asks the method about all layers."""
-        self.turns = (length - self.start) // method.every if method.every else 0
-        row_maps = [caches.row_map(cache, layer) for layer in range(len(cache.layers))]
-        for layer, entries in self.entries.items():
-            if caches.is_sliding(cache, layer):
-                continue
-            changed = evict(method, parts, entries, signals, cache, layer, length, length - self.start)
-            row_maps[layer] = changed or row_maps[layer]
-        if any(row_map is not None for row_map in row_maps):
-            caches.adopt(cache, row_maps)
-            cache.ledger = self if method.every else None
+    def evict(self, now: Pass, cache: Any, layer: int, row_map: RowMap | None, length: int) -> RowMap | None:
+        """Asks the method about a layer that holds ``row_map`` of ``length`` logical tokens; returns its new row map."""
+        if caches.is_sliding(cache, layer):
+            return row_map
+        return evict(now, Held(layer, cache.layers[layer], row_map, length, length - self.start), self.entries[layer])
+
+    def asked(self, length: int, every: int | None) -> None:
+        """The method has been asked about all layers."""
+        self.turns = (length - self.start) // every if every else 0
 
     def select(self, samples: list[int]) -> None:
         """Reorders, repeats or drops samples of the batch."""

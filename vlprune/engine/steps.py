@@ -43,17 +43,29 @@ class Clock:
 
 @dataclass(eq=False)
 class Step:
-    """A stage at one layer. ``kept``: which of the image's placeholders had a token afterwards, ``(T,)`` or ``(kv_heads, T)``.
+    """A stage at one layer.
 
-    ``rows``: in the vision encoder, rows of a tile afterwards, [CLS] not counted.
+    ``before``: how many tokens there were, or the step that left them. ``places``: which of the image's placeholders had a
+    token afterwards, ``(T,)`` or ``(kv_heads, T)``; negative ones stand for patches that have none. How many these are the
+    device knows, so they are left out when somebody asks. ``rows``: in the vision encoder, rows of a tile afterwards,
+    [CLS] not counted.
     """
 
     stage: str
     layer: int | None
-    tokens_in: int
-    kept: Tensor
+    before: int | Step
+    places: Tensor
     clock: Clock
     rows: int | None = None
+
+    @property
+    def kept(self) -> Tensor:
+        """Ascending places ``(T,)`` or ``(kv_heads, T)`` of the tokens that were left."""
+        return self.places if self.places.ndim == 2 else self.places[self.places >= 0]
+
+    @property
+    def tokens_in(self) -> int:
+        return self.before.tokens_out if isinstance(self.before, Step) else self.before
 
     @property
     def tokens_out(self) -> int:

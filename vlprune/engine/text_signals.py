@@ -83,6 +83,9 @@ class TextSignals:
         for signal in signals:
             self.measured.pop((layer, signal), None)
 
+    def forget_layer(self, layer: int) -> None:
+        self.forget(layer, self.wanted.get(layer, ()))
+
     # ------------------------------------------------------------------ measuring
 
     def _watcher(self, layer: int) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlprune.engine.devices import to_device
 from vlprune.engine.family import Parts
 from vlprune.engine.merging import merged
 from vlprune.engine.probes import Place, Probe
@@ -42,24 +43,28 @@ class Track:
         """Ascending indices of the placeholders whose patches are still there, None for all. Row ends are not among them."""
         if self.place.complete:
             return None
+        places = self._places()
+        if min(self.layout.available) == self.layout.placeholder.shape[1]:
+            return places
+        # How many of the patches left lie in the padding of crops is the method's choice, so the device has to be asked.
+        return places[places >= 0]
+
+    def _places(self) -> Tensor:
+        """The placeholders, ascending, of the patches that are still there; -1 for those in the padding of crops."""
         patches = self.place.patches
-        places = self.layout.placeholder.to(patches.device).gather(1, patches).flatten()
-        if min(self.layout.available) < self.layout.placeholder.shape[1]:
-            places = places[places >= 0]
-        return places.sort().values
+        return to_device(self.layout.placeholder, patches.device).gather(1, patches).flatten().sort().values
 
     def keep(self, keep: Tensor) -> None:
         """Only ``keep (tiles, T)`` of the tokens are left; no row has moved yet."""
-        rows, patches = self.place.rows.to(keep.device), self.place.patches.to(keep.device)
-        self.place = replace(self.place, rows=_kept(rows, keep), patches=_kept(patches, keep))
+        place = self.place.on(keep.device)
+        self.place = replace(place, rows=_kept(place.rows, keep), patches=_kept(place.patches, keep))
         self.carry = {name: _kept(values, keep) for name, values in self.carry.items()}
 
     def note(self, layer: int, clock: Clock) -> None:
         """Adds what was done after block ``layer``. Tokens include row ends while no patch has left."""
-        before = self.steps[-1].tokens_out if self.steps else self.layout.total
-        alive = self.alive
-        kept = torch.arange(self.layout.total) if alive is None else alive
-        self.steps.append(Step("encode", layer, before, kept, clock.stop(), rows=self.place.rows[0].numel()))
+        before = self.steps[-1] if self.steps else self.layout.total
+        places = torch.arange(self.layout.total) if self.place.complete else self._places()
+        self.steps.append(Step("encode", layer, before, places, clock.stop(), rows=self.place.rows[0].numel()))
 
 
 class VisionHooks:
@@ -208,13 +213,14 @@ class Run:
             if layer not in track.layers:
                 continue
             clock = Clock(hidden.device)
+            track.place = track.place.on(hidden.device)
             tokens = track.place.of(hidden)
             selection = self._selection(layer, index, tokens.detach())
             if selection is not None:
                 if selection.merge is not None:
                     mixed = merged(tokens.flatten(2), selection).view_as(tokens)
                     hidden = hidden.index_put(track.place.index(hidden.device), mixed)
-                track.keep(selection.keep)
+                track.keep(to_device(selection.keep, hidden.device))
             track.note(layer, clock)
         hidden, places = self.rows.cut(hidden, [track.place for track in self.tracks])
         for track, place in zip(self.tracks, places, strict=True):
@@ -229,7 +235,7 @@ class Run:
                 VisionTokens(
                     layer=layer,
                     hidden=tokens.flatten(2),
-                    patches=track.place.patches.to(tokens.device),
+                    patches=track.place.patches,
                     layout=track.layout,
                     shape=self.parts.shape,
                     signals=self.probe.take(index, track.place, layer),
@@ -251,4 +257,4 @@ class Run:
 def _kept(values: Tensor, keep: Tensor) -> Tensor:
     """Rows ``keep (tiles, T)`` of ``values (tiles, n, ...)``."""
     index = keep.view(*keep.shape, *[1] * (values.ndim - 2)).expand(*keep.shape, *values.shape[2:])
-    return values.gather(1, index.to(values.device))
+    return values.gather(1, to_device(index, values.device))

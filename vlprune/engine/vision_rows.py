@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlprune.engine.devices import to_device
 from vlprune.engine.family import Parts
 from vlprune.engine.probes import Place
 from vlprune.errors import UnsupportedModelError
@@ -56,7 +57,7 @@ class Tiles:
         head = torch.arange(self.prefix, device=hidden.device)
         columns, now = [], []
         for place, length in zip(places, lengths, strict=True):
-            rows = place.rows.to(hidden.device).flatten(1).contiguous()
+            rows = to_device(place.rows, hidden.device).flatten(1).contiguous()
             kept = rows.sort(1).values
             filler = kept[:, -1:].expand(-1, max(lengths) - length)
             columns.append(torch.cat([head.expand(rows.shape[0], -1), kept, filler], 1))
@@ -71,7 +72,7 @@ class Tiles:
         if min(lengths) == max(lengths):
             return None
         ends = torch.tensor(lengths).repeat_interleave(torch.tensor(tiles)) + self.prefix
-        return (torch.arange(self.prefix + max(lengths)) >= ends[:, None]).to(device)
+        return to_device(torch.arange(self.prefix + max(lengths)) >= ends[:, None], device)
 
     def translate(self, block: Any, args: tuple, kwargs: dict[str, Any], hidden: Tensor) -> Any:
         """Arguments of a block: nobody may attend to filler. Without filler and mask none is built."""
@@ -121,18 +122,23 @@ def _hiding(block: Any, filler: Tensor, dtype: torch.dtype) -> Tensor:
             f"{type(block).__name__} takes no attention mask, so images of one batch cannot keep different numbers of "
             "patches; pass one image at a time, or a method that keeps as many of each"
         )
-    implementation = next(m.config._attn_implementation for m in block.modules() if hasattr(m, "config")) or "eager"
+    implementation = _implementation(block)
     if "flash" in implementation:
         return (~filler).to(torch.int64)
     mask = ~filler if implementation == "sdpa" else torch.zeros_like(filler, dtype=dtype).masked_fill(filler, _floor(dtype))
     return mask[:, None, None].expand(-1, -1, filler.shape[1], -1)
 
 
+def _implementation(block: Any) -> str:
+    """What the block calls its attention kernel."""
+    return next(m.config._attn_implementation for m in block.modules() if hasattr(m, "config")) or "eager"
+
+
 BOUNDS = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
 """Arguments of blocks: where each stretch of rows begins that attend to each other, and the end ``(stretches + 1,)``."""
 
-LONGEST = {"max_seqlen": "cu_seqlens", "max_length_q": "cu_seq_lens_q", "max_length_k": "cu_seq_lens_k"}
-"""Arguments that hold the longest stretch, and of which bounds."""
+LONGEST = ("max_seqlen", "max_length_q", "max_length_k")
+"""Arguments that hold a number of rows that no stretch exceeds."""
 
 
 class Packed:
@@ -159,6 +165,7 @@ class Packed:
             patches = torch.arange(group.shape[0]).expand(layout.tiles, -1)
             self.places.append(Place(torch.zeros(layout.tiles, dtype=torch.long), rows, patches, group.shape[0]))
             self.length += layout.tiles * group.numel()
+        self.tiles = sum(layout.tiles for layout in layouts)
         self.origin: Tensor | None = None
         self.memo: list[tuple[Any, Any]] = []
 
@@ -166,7 +173,7 @@ class Packed:
         """``hidden (1, rows, D)`` with the rows at ``places`` alone, in the order that they have, and where those are now."""
         if self.origin is None:
             _check_rows(hidden, self.length)
-        rows = [place.rows.to(hidden.device) for place in places]
+        rows = [to_device(place.rows, hidden.device) for place in places]
         kept = torch.cat([row.flatten() for row in rows]).sort().values
         if kept.shape[0] == hidden.shape[1]:
             return hidden, places
@@ -187,11 +194,11 @@ class Packed:
                 "between them; load the model with attn_implementation='sdpa'"
             )
         for name in bounded:
-            kwargs[name] = _once(self.memo, kwargs[name], lambda given=kwargs[name]: self._bounds(given))
-        for name, bounds in LONGEST.items():
-            if kwargs.get(name) is not None:
-                longest = kwargs[bounds].diff().max()
-                kwargs[name] = longest if torch.is_tensor(kwargs[name]) else int(longest)
+            kwargs[name] = _once(self.memo, kwargs[name], lambda given=kwargs[name]: self._bounds(block, given))
+        for name in LONGEST:
+            # It goes on being true of stretches that have become shorter; by how much the device would have to be asked.
+            if isinstance(kwargs.get(name), int):
+                kwargs[name] = min(kwargs[name], hidden.shape[-2])
         tables = kwargs["position_embeddings"]
         kwargs["position_embeddings"] = _once(self.memo, tables, lambda: tuple(self._kept(table, -2) for table in tables))
         if mask is None:
@@ -202,11 +209,18 @@ class Packed:
         assert self.origin is not None
         return values.index_select(dim, self.origin.to(values.device))
 
-    def _bounds(self, bounds: Tensor) -> Tensor:
-        """Bounds of the rows that are left; a stretch that nobody is left of is none any more."""
+    def _bounds(self, block: Any, bounds: Tensor) -> Tensor:
+        """Bounds of the rows that are left. Only the device knows of which windows nobody is; some of each tile always are.
+
+        Flash attention takes empty stretches. For other kernels transformers asks for the lengths in every block and cannot
+        do with a zero, so the device is asked here, once for all blocks up to the next drop, and transformers gets an answer
+        that lies on the host.
+        """
         assert self.origin is not None
-        left = torch.searchsorted(self.origin.to(bounds.device), bounds.long())
-        return left.unique_consecutive().to(bounds.dtype)
+        left = torch.searchsorted(self.origin.to(bounds.device), bounds.long()).to(bounds.dtype)
+        if len(bounds) - 1 == self.tiles or "flash" in _implementation(block):
+            return left
+        return left.cpu().unique_consecutive()
 
     def restore_tokens(self, out: Tensor) -> Tensor:
         """The merger's ``out (tokens, D)`` at the places of all tokens; zeros for those that left."""
