@@ -5,12 +5,14 @@ Every one is an operator of ``torch.library``, so that ``torch.compile`` and CUD
 
 from vlprune.kernels.bipartite_match import bipartite_match
 from vlprune.kernels.dispatch import unavailable, using
+from vlprune.kernels.dpp_map import dpp_map
 from vlprune.kernels.farthest_points import farthest_points
 from vlprune.kernels.gather_rows import gather_rows
 from vlprune.kernels.merge_rows import merge_rows
 
 __all__ = [
     "bipartite_match",
+    "dpp_map",
     "farthest_points",
     "gather_rows",
     "merge_rows",
