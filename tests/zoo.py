@@ -260,6 +260,7 @@ FAMILIES: dict[str, Entry] = {
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "hired": [{}, {"allocation": "sums", "alpha": 0.3}],
+    "divprune": [{}, {"official_quirks": True}],
     "fastv": [{"layer": 1}],
     "flowcut": [{}, {"schedule": "even"}],
     "mustdrop": [{}, {"global_threshold": 0.28, "individual_threshold": 0.5, "merge_threshold": 0.0}],

@@ -19,7 +19,7 @@ from vlprune.errors import (
 from vlprune.image import CacheTokens, ImageLayout, ImageTokens, LayerTokens, ModelShape, VisionTokens, top
 from vlprune.method import Merge, Method, Plan, ScoreMethod, Selection, from_dict, register
 from vlprune.method import methods as _methods
-from vlprune.methods import FastV, FlowCut, HiRED, MustDrop, Pool, Random, Resize, SnapKV, Uniform, chain
+from vlprune.methods import DivPrune, FastV, FlowCut, HiRED, MustDrop, Pool, Random, Resize, SnapKV, Uniform, chain
 from vlprune.report import Report
 from vlprune.signals import (
     ClsAttention,
@@ -40,6 +40,7 @@ __all__ = [
     "CacheTokens",
     "ClsAttention",
     "ClsValues",
+    "DivPrune",
     "FastV",
     "FlowCut",
     "HiRED",
