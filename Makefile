@@ -75,12 +75,14 @@ define install
 		{ echo "Python 3.11 or newer is needed; $(PYTHON) is older. Name another one: make PYTHON=python3.12 ..."; exit 1; }
 	@echo "Preparing the environment $(1), once; it takes a few minutes."
 	@$(PYTHON) -m venv $(1)
-	@echo "  1 of 3: PyTorch"
+	@echo "  1 of 4: PyTorch"
 	@$(1)/$(PIP) install "$$(grep '^torch==' $(2))"
-	@echo "  2 of 3: build tools"
+	@echo "  2 of 4: build tools"
 	@$(1)/$(PIP) install -c $(2) hatchling editables
-	@echo "  3 of 3: vlprune with [$(3)], as pinned in $(2)"
+	@echo "  3 of 4: vlprune with [$(3)], as pinned in $(2)"
 	@$(1)/$(PIP) install --no-build-isolation -c $(2) -e ".[$(3)]"
+	@echo "  4 of 4: lmms-eval, whose contract is tested, without what single tasks of it need"
+	@$(1)/$(PIP) install --no-deps "$$(grep '^lmms-eval==' $(2))"
 	@touch $(1)/.installed
 endef
 
