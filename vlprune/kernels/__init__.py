@@ -3,6 +3,7 @@
 Every one is an operator of ``torch.library``, so that ``torch.compile`` and CUDA graphs go through it.
 """
 
+from vlprune.kernels.attention_rows import attention_rows
 from vlprune.kernels.bipartite_match import bipartite_match
 from vlprune.kernels.dispatch import unavailable, using
 from vlprune.kernels.dpp_map import dpp_map
@@ -11,6 +12,7 @@ from vlprune.kernels.gather_rows import gather_rows
 from vlprune.kernels.merge_rows import merge_rows
 
 __all__ = [
+    "attention_rows",
     "bipartite_match",
     "dpp_map",
     "farthest_points",
