@@ -5,6 +5,7 @@ Every one is an operator of ``torch.library``, so that ``torch.compile`` and CUD
 
 from vlprune.kernels.attention_rows import attention_rows
 from vlprune.kernels.bipartite_match import bipartite_match
+from vlprune.kernels.compact_cache import compact_cache, compact_cache_
 from vlprune.kernels.dispatch import unavailable, using
 from vlprune.kernels.dpp_map import dpp_map
 from vlprune.kernels.farthest_points import farthest_points
@@ -14,6 +15,8 @@ from vlprune.kernels.merge_rows import merge_rows
 __all__ = [
     "attention_rows",
     "bipartite_match",
+    "compact_cache",
+    "compact_cache_",
     "dpp_map",
     "farthest_points",
     "gather_rows",
