@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +11,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from vlprune.bench import METHODS
 from vlprune.errors import VLPruneError
 from vlprune.evals import settings as written
 from vlprune.evals.commands import clear_errors
 
 app = typer.Typer(help="Measures speed: of operations, of models under methods and budgets.", no_args_is_help=True)
 
-METHODS = "uniform:1.0:0.4:0.2:0.1,hired,flowcut,mustdrop,fastv,snapkv,random,pool,resize"
-"""``uniform:1.0`` measures what the patch costs where nothing leaves."""
 LIKE = "llava-next-small"
 INTERVAL = 20.0
 """Seconds between two lines of progress where no terminal shows a status."""
@@ -79,9 +77,12 @@ def bench_model(
         str | None, typer.Option(help="With --like: full, small, tiny, or divisors of width and depth, as in 8x4.")
     ] = None,
     methods: Annotated[
-        str,
-        typer.Option(help="As for eval: with commas between, options in brackets, a method's own budgets behind colons."),
-    ] = METHODS,
+        str | None,
+        typer.Option(
+            help="As for eval: with commas between, options in brackets, a method's own budgets behind colons.",
+            show_default=METHODS,
+        ),
+    ] = None,
     budgets: Annotated[str, typer.Option(help="Of methods that name none.")] = written.BUDGETS,
     batch: Annotated[str, typer.Option(help="Prompts at a time; several sizes with commas between.")] = "1",
     attention: Annotated[str, typer.Option(help="sdpa, eager, flash_attention_2; several with commas between.")] = "sdpa",
@@ -102,16 +103,15 @@ def bench_model(
     out: Out = None,
 ) -> None:
     """A model under methods and budgets: its parts, decoding, memory, next to the unpruned one and to the floor."""
-    from vlprune.bench import jobs, journal, report
+    from vlprune.bench import jobs, journal, report, suite
     from vlprune.bench import model as rows
-    from vlprune.bench.rounds import variants
 
     if model and like:
         raise VLPruneError("--model and --like: give one of them")
     console, where = Console(highlight=False), _device(device, threads)
-    sizes = [int(number) for number in _parts(batch)]
+    sizes = [_count(number, "--batch") for number in _parts(batch)]
     plan = jobs.Plan(
-        variants(_settings(methods, budgets)),
+        suite.variants_of(methods or suite.methods(), budgets),
         _parts(attention),
         sizes,
         rounds,
@@ -189,12 +189,10 @@ def _named(known: dict[str, Any], text: str | None, option: str) -> list[Any]:
     return [known[name] for name in names]
 
 
-def _settings(methods: str, budgets: str) -> list[written.Setting]:
-    settings = written.parse(methods, budgets)
-    for setting in settings:
-        if setting.method != written.UNPRUNED:
-            setting.make()
-    return settings
+def _count(text: str, option: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise VLPruneError(f"{option} {text!r}: allowed are whole numbers from 1, with commas between")
+    return int(text)
 
 
 def _pixels(text: str | None) -> tuple[int, int] | None:
@@ -214,8 +212,13 @@ def _device(name: str, threads: int | None) -> Any:
     logging.disable_progress_bar()
     if threads:
         torch.set_num_threads(threads)
+    gpu = torch.cuda.is_available()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if gpu else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise VLPruneError(f"--device {name!r}: allowed are auto, cpu, cuda")
+    if name != "cpu" and not gpu:
+        raise VLPruneError(f"--device {name!r}: PyTorch sees no GPU here")
     return torch.device(name)
 
 
@@ -238,10 +241,6 @@ def _loader(model: str | None, like: str | None, scale: str | None, device: Any,
         return lambda: load.by_name(model, device, dtype), model
     size = sizes.size_of(like or LIKE, scale)
     return lambda: load.of_size(size, device, dtype), size.name
-
-
-def has_flash_attention() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
 
 
 # ------------------------------------------------------------------ progress

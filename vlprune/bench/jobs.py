@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,12 +74,24 @@ class Sink:
 
 
 def kernels(
-    cases: Sequence[Case], shapes: Sequence[Shape], sink: Sink, dtype: torch.dtype, rounds: int, compiled: bool, say: Say
+    cases: Sequence[Case],
+    shapes: Sequence[Shape],
+    sink: Sink,
+    dtype: torch.dtype,
+    rounds: int,
+    compiled: bool,
+    say: Say,
+    minutes: float | None = None,
 ) -> None:
+    """Rows of operations. After ``minutes`` no further one begins; ``resume`` measures what is missing."""
+    start = time.monotonic()
     done = sink.done(kernel_rows.keys)
     for row in kernel_rows.measure(cases, shapes, sink.device, dtype, rounds=rounds, compiled=compiled, done=done):
         sink.add(row)
         say(f"{row['operation']}, {row['shape']}, {row['variant']}")
+        if minutes is not None and time.monotonic() - start > 60 * minutes:
+            say(f"{minutes:g} minutes are over: what is missing is measured with --resume")
+            break
 
 
 def models(load: Callable[[], Loaded], name: str, plan: Plan, sink: Sink, say: Say) -> None:

@@ -7,7 +7,7 @@ import io
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import vlprune
 from vlprune.errors import VLPruneError
@@ -36,15 +36,24 @@ def append(path: Path, columns: Sequence[str], row: Row) -> None:
     assert not unknown, f"no such columns: {unknown}"
     check(path, columns)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    if not path.exists() or path.stat().st_size == 0:
-        writer.writeheader()
-    writer.writerow({name: _cell(row.get(name)) for name in columns})
-    with path.open("a", encoding="utf-8", newline="") as file:
-        file.write(text.getvalue())
+    with path.open("a+b") as file:
+        text = _line(columns) if file.tell() == 0 else _end_of_line(file)
+        text += _line([_cell(row.get(name)) for name in columns])
+        file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
+
+
+def _line(cells: Sequence[Any]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue()
+
+
+def _end_of_line(file: BinaryIO) -> str:
+    """What a row needs in front of it, where the one before was cut off by an interruption."""
+    file.seek(-1, os.SEEK_END)
+    return "" if file.read(1) == b"\n" else "\n"
 
 
 def check(path: Path, columns: Sequence[str]) -> None:
@@ -57,12 +66,15 @@ def check(path: Path, columns: Sequence[str]) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """All rows, numbers as numbers and empty cells as None."""
+    """All rows, numbers as numbers and empty cells as None. A row that was cut off is none."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return [{name: _value(name, cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+        # A row is a line, so that one which was cut off inside of quotes does not swallow those behind it.
+        lines = [next(csv.reader([line]), []) for line in path.read_text(encoding="utf-8").splitlines()]
     except OSError as error:
         raise JournalError(f"cannot read {path}: {error.strerror or error}") from error
+    columns = lines[0] if lines else []
+    rows = [dict(zip(columns, cells, strict=True)) for cells in lines[1:] if len(cells) == len(columns)]
+    return [{name: _value(name, cell) for name, cell in row.items()} for row in rows]
 
 
 def read_all(paths: Iterable[Path]) -> list[Row]:
@@ -71,15 +83,17 @@ def read_all(paths: Iterable[Path]) -> list[Row]:
 
 def _cell(value: Any) -> Any:
     # Six digits are more than any clock here can tell, and keep the files readable.
-    return f"{value:.6g}" if isinstance(value, float) else value
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return " ".join(value.split()) if isinstance(value, str) else value
 
 
 TEXT = {"date", "device", "vlprune", "torch", "transformers", "triton", "commit", "command", "budget"}
 """Columns that may look like numbers and are none; of budgets, 1 and 1.0 differ."""
 
 
-def _value(name: str, cell: str | None) -> Any:
-    if cell is None or cell == "":
+def _value(name: str, cell: str) -> Any:
+    if cell == "":
         return None
     if name in TEXT:
         return cell

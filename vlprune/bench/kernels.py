@@ -55,7 +55,7 @@ SHAPES = {
     )
 }
 """LLaVA-NeXT keeps 320 of 2880 visual tokens here, the others as large a share."""
-ON_GPU = ("llava-1.5", "llava-next", "llava-next-x8", "qwen2.5-vl-4k", "qwen2.5-vl-16k")
+ON_GPU = ("llava-next", "llava-1.5", "llava-next-x8", "qwen2.5-vl-4k", "qwen2.5-vl-16k")
 ON_CPU = ("llava-1.5", "llava-next")
 
 

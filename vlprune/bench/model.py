@@ -105,8 +105,7 @@ def _row(measured: Measured, variant: Variant, unpruned: list[Sample] | None) ->
     if variant in measured.errors or not samples or schedule is None:
         return {"error": measured.errors.get(variant, "not measured")}
     row: Row = {"rounds": len(samples), **_tokens(schedule), **_times(samples), **_memory(measured, variant, samples)}
-    if measured.preprocess:
-        row["preprocess_ms"] = MILLI * statistics.median(measured.preprocess)
+    row["preprocess_ms"] = MILLI * statistics.median(measured.preprocess)
     decodes = measured.decodes.get(schedule.cache_length)
     if decodes and len(decodes) == len(samples):
         row |= _decode(samples, decodes)

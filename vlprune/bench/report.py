@@ -11,7 +11,6 @@ from vlprune.evals.settings import UNPRUNED
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 Column = tuple[str, Callable[[Row], str]]
 NOTHING = "–"
@@ -96,7 +95,7 @@ def _token_columns() -> list[Column]:
 def _speed_columns() -> list[Column]:
     return [
         ("prefill ms", _spread("prefill_ms")),
-        ("speed-up", _between("speedup", unit="x")),
+        ("speed-up", lambda row: _between("speedup", unit="x")(row) + (", slower" if slower(row) else "")),
         ("floor's", _number("floor_speedup", 2, unit="x")),
         ("of floor", _percent("share_of_floor")),
         ("of saving", _percent("share_of_saving", 0)),
@@ -137,22 +136,8 @@ def print_models(rows: Sequence[Row], console: Console) -> None:
     for title, group in grouped(rows).items():
         console.print(f"\n[bold]{title}[/bold]")
         measured = [row for row in group if not row.get("error")]
-        columns = _settings_columns()
-        ways = (
-            [columns + _token_columns() + _speed_columns(), columns + _part_columns() + _decode_columns()],
-            [columns + _speed_columns(), columns + _token_columns() + _decode_columns(), columns + _part_columns()],
-            [
-                columns + _speed_columns()[:4],
-                columns + _speed_columns()[4:],
-                columns + _token_columns(),
-                columns + _part_columns(),
-            ]
-            + [columns + _decode_columns()],
-        )
-        tables = [[_table(measured, one, _style) for one in way] for way in ways]
-        fitting = (way for way in tables if max(_width(table, console) for table in way) <= console.width)
-        for table in next(fitting, tables[-1]) if measured else ():
-            console.print(table)
+        for columns in (_speed_columns(), _token_columns() + _decode_columns(), _part_columns()):
+            _print(measured, _settings_columns() + columns, console, _style)
         _print_errors(group, console, lambda row: f"{_method(row)} {_budget(row)}")
     console.print(f"[dim]{LEGEND}[/dim]")
 
@@ -172,8 +157,12 @@ def grouped(rows: Iterable[Row]) -> dict[str, list[Row]]:
 def _style(row: Row) -> str | None:
     if row["method"] == UNPRUNED:
         return "bold"
-    # No row is hidden for being slow, and none is overlooked.
-    return "yellow" if (row.get("speedup_high") or 1.0) < 1.0 else None
+    return "yellow" if slower(row) else None
+
+
+def slower(row: Row) -> bool:
+    """Whether the method costs more time than it saves, beyond doubt. No row is hidden for that, and none is overlooked."""
+    return (row.get("speedup_high") or 1.0) < 1.0
 
 
 # ------------------------------------------------------------------ tables of kernels
@@ -210,7 +199,7 @@ KERNEL_LEGEND = (
 
 def print_kernels(rows: Sequence[Row], console: Console) -> None:
     latest = list({kernel_rows.keys(row): row for row in rows}.values())
-    console.print(_table([row for row in latest if not row.get("error")], kernel_columns(), lambda _: None))
+    _print([row for row in latest if not row.get("error")], kernel_columns(), console, lambda _: None)
     _print_errors(latest, console, lambda row: f"{row['operation']} {row['shape']} {row['variant']}")
     console.print(f"[dim]{KERNEL_LEGEND}[/dim]")
 
@@ -218,12 +207,8 @@ def print_kernels(rows: Sequence[Row], console: Console) -> None:
 # ------------------------------------------------------------------ how tables look
 
 
-def _width(table: Table, console: Console) -> int:
-    """Columns of the terminal that the table takes if nothing is cut off."""
-    return table.__rich_measure__(console, console.options.update(max_width=1000)).maximum
-
-
-def _table(rows: Sequence[Row], columns: Sequence[Column], style: Callable[[Row], str | None]) -> Table:
+def _print(rows: Sequence[Row], columns: Sequence[Column], console: Console, style: Callable[[Row], str | None]) -> None:
+    """A table, in full: where the terminal is too narrow it breaks lines, and no number is cut off."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
@@ -233,7 +218,10 @@ def _table(rows: Sequence[Row], columns: Sequence[Column], style: Callable[[Row]
         table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(escape(cell(row)) for _, cell in columns), style=style(row))
-    return table
+    needed, width = table.__rich_measure__(console, console.options.update(max_width=1000)).maximum, console.width
+    console.width = max(width, needed)
+    console.print(table)
+    console.width = width
 
 
 def _print_errors(rows: Sequence[Row], console: Console, name: Callable[[Row], str]) -> None:

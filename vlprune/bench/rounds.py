@@ -138,13 +138,12 @@ def _unless_failing(action: Callable[[], Any]) -> None:
 def _warm_up(workload: Workload, found: Measured, variant: Variant, times: int) -> None:
     """Runs a variant unmeasured; finds out what it leaves, and on a CPU its peak of memory."""
     found.peaks[variant] = workload.peak(variant.method)
-    for _ in range(times):
-        workload.run(variant.method)
-    # The unpatched model cannot tell, so a patch that does nothing does.
-    with vlprune.applied(workload.model, variant.method or "uniform", **({} if variant.method else {"budget": 1.0})):
-        with torch.inference_mode():
-            workload.prefill()
+    # The unpatched model cannot tell what it leaves, so a patch that does nothing does.
+    with vlprune.applied(workload.model, variant.method or vlprune.Uniform(budget=1.0)), torch.inference_mode():
+        workload.prefill()
         found.schedules[variant] = floor.schedule_of(workload)
+    for _ in range(times - 1):
+        workload.run(variant.method)
 
 
 def _try(found: Measured, variant: Variant, action: Callable[[], Any]) -> None:

@@ -98,8 +98,6 @@ QWEN2_7B = Text(3584, 18944, 28, 28, 4, 152064)
 QWEN25_3B = Text(2048, 11008, 36, 16, 2, 151936, tied=True)
 QWEN3_8B = Text(4096, 12288, 36, 32, 8, 151936)
 CLIP_L = Vision(1024, 4096, 24, 16, 14, 336)
-SIGLIP_SO400M = Vision(1152, 4304, 26, 16, 14, 384)
-QWEN2_VISION = Vision(1280, 5120, 32, 16, 14)
 QWEN25_VISION = Vision(1280, 3420, 32, 16, 14)
 QWEN3_VISION = Vision(1152, 4304, 27, 16, 16)
 CROPS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
@@ -120,39 +118,24 @@ class Known:
 
 
 def _llava(text: Text, vision: Vision, scale: Scale) -> Any:
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+    from transformers import LlamaConfig, LlavaConfig
 
     return LlavaConfig(
-        vision_config=_tower(CLIPVisionConfig, vision, scale),
+        vision_config=_clip(vision, scale),
         text_config=LlamaConfig(**text.scaled(scale)),
         **_llava_rest(text, scale),
     )
 
 
 def _llava_next(text: Text, vision: Vision, scale: Scale) -> Any:
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig
+    from transformers import LlamaConfig, LlavaNextConfig
 
     side = vision.image // scale.tile
     return LlavaNextConfig(
-        vision_config=_tower(CLIPVisionConfig, vision, scale),
+        vision_config=_clip(vision, scale),
         text_config=LlamaConfig(**text.scaled(scale)),
         image_grid_pinpoints=[[rows * side, columns * side] for rows, columns in CROPS],
         **_llava_rest(text, scale),
-    )
-
-
-def _llava_onevision(text: Text, vision: Vision, scale: Scale) -> Any:
-    from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig
-
-    side = vision.image // scale.tile
-    rest = _llava_rest(text, scale)
-    return LlavaOnevisionConfig(
-        vision_config=_tower(SiglipVisionConfig, vision, scale, vision_use_head=False),
-        text_config=Qwen2Config(**text.scaled(scale)),
-        vision_aspect_ratio="anyres_max_9",
-        image_grid_pinpoints=[[rows * side, columns * side] for rows in range(1, 7) for columns in range(1, 7)],
-        video_token_index=rest["image_token_index"] - 1,
-        **{**rest, "vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
     )
 
 
@@ -165,26 +148,18 @@ def _llava_rest(text: Text, scale: Scale) -> dict[str, Any]:
     }
 
 
-def _tower(config: Any, vision: Vision, scale: Scale, **more: Any) -> Any:
+def _clip(vision: Vision, scale: Scale) -> Any:
+    from transformers import CLIPVisionConfig
+
     hidden, mlp, layers, heads, image = vision.scaled(scale)
-    return config(
+    return CLIPVisionConfig(
         hidden_size=hidden,
         intermediate_size=mlp,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         image_size=image,
         patch_size=vision.patch,
-        **more,
     )
-
-
-def _qwen2_vl(text: Text, vision: Vision, scale: Scale) -> Any:
-    from transformers import Qwen2VLConfig
-
-    sizes = _qwen_vision(text, vision, scale)
-    out, hidden = sizes.pop("out_hidden_size"), sizes["hidden_size"]
-    sizes |= {"embed_dim": hidden, "hidden_size": out, "mlp_ratio": sizes.pop("intermediate_size") // hidden}
-    return Qwen2VLConfig(vision_config=sizes, text_config=_qwen_text(text, scale), **_qwen_tokens(text, scale))
 
 
 def _qwen25_vl(text: Text, vision: Vision, scale: Scale) -> Any:
@@ -246,8 +221,6 @@ KNOWN = {
     "llava-next-7b": Known(_llava_next, VICUNA_7B, CLIP_L, SQUARE),
     "llava-next-13b": Known(_llava_next, VICUNA_13B, CLIP_L, SQUARE),
     "llava-next-mistral-7b": Known(_llava_next, MISTRAL_7B, CLIP_L, SQUARE),
-    "llava-onevision-7b": Known(_llava_onevision, QWEN2_7B, SIGLIP_SO400M, (768, 768)),
-    "qwen2-vl-7b": Known(_qwen2_vl, QWEN2_7B, QWEN2_VISION, (1344, 1344)),
     "qwen2.5-vl-3b": Known(_qwen25_vl, QWEN25_3B, QWEN25_VISION, (1344, 1344)),
     "qwen2.5-vl-7b": Known(_qwen25_vl, QWEN2_7B, QWEN25_VISION, (1344, 1344)),
     "qwen3-vl-8b": Known(_qwen3_vl, QWEN3_8B, QWEN3_VISION, (1536, 1536)),

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from vlprune.bench import jobs, journal, kernel_rows, kernels, load, model, plot, report
-from vlprune.bench.rounds import variants
+import vlprune
+from vlprune.bench import METHODS, jobs, journal, kernel_rows, kernels, load, model, plot, report
+from vlprune.bench.rounds import Variant, variants
 from vlprune.bench.sizes import Size, size_of
 from vlprune.errors import VLPruneError
 from vlprune.evals import settings as written
@@ -20,21 +21,22 @@ from vlprune.evals import settings as written
 if TYPE_CHECKING:
     from rich.console import Console
 
-METHODS = "uniform:1.0:0.4:0.2:0.1,hired,flowcut,mustdrop,fastv,snapkv,random,pool,resize"
 FEW = "uniform:1.0:0.4,hired:0.4,snapkv:0.4"
-WHOLE = "uniform:1.0"
 KINDS = ("kernels", "model")
+MINUTES = 8.0
+"""Each, at most, on a GPU: for all kernels, and for all models beside loading and warming up."""
 
 
 @dataclass(frozen=True)
 class Suite:
-    """``models``: sizes, each with how it is measured. ``rounds`` of the kernels."""
+    """``models``: sizes, each with how it is measured. ``rounds`` and ``minutes`` of the kernels."""
 
     device: torch.device
     dtype: torch.dtype
     shapes: Sequence[kernels.Shape]
     rounds: int
     compiled: bool
+    minutes: float | None
     models: Sequence[tuple[Size, jobs.Plan]]
 
 
@@ -43,25 +45,35 @@ def plan(device: torch.device, smoke: bool = False) -> Suite:
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     if smoke:
-        tiny = jobs.Plan(_variants(FEW), batches=(1, 2), rounds=3, steps=2, words=16)
-        return Suite(device, dtype, [kernels.SHAPES["tiny"]], 3, False, [(size_of("llava-next-tiny"), tiny)])
+        tiny = jobs.Plan(variants_of(FEW), batches=(1, 2), rounds=3, steps=2, words=16)
+        return Suite(device, dtype, [kernels.SHAPES["tiny"]], 3, on_gpu, None, [(size_of("llava-next-tiny"), tiny)])
     if not on_gpu:
         shapes = [kernels.SHAPES[name] for name in kernels.ON_CPU]
-        every = jobs.Plan(_variants(METHODS), rounds=15, minutes=45)
-        return Suite(device, dtype, shapes, 30, False, [(size_of("llava-next-small"), every)])
+        every = jobs.Plan(variants_of(methods()), rounds=15, minutes=11)
+        return Suite(device, dtype, shapes, 30, False, None, [(size_of("llava-next-small"), every)])
     # Small batches wait for the host, large ones compute: more rounds where one takes less.
     attentions = ("sdpa", "flash_attention_2") if importlib.util.find_spec("flash_attn") else ("sdpa",)
-    each = 10 / (2 * len(attentions))
+    each = MINUTES / (2 * len(attentions))
     plans = [
-        jobs.Plan(_variants(METHODS), attentions, (batch,), rounds, warmup=2, minutes=each)
+        jobs.Plan(variants_of(methods()), attentions, (batch,), rounds, warmup=2, minutes=each)
         for batch, rounds in ((1, 40), (8, 20))
     ]
     shapes = [kernels.SHAPES[name] for name in kernels.ON_GPU]
-    return Suite(device, dtype, shapes, 50, True, [(size_of("llava-next-7b"), one) for one in plans])
+    return Suite(device, dtype, shapes, 50, True, MINUTES, [(size_of("llava-next-7b"), one) for one in plans])
 
 
-def _variants(methods: str) -> Any:
-    return variants(written.parse(methods, written.BUDGETS))
+def methods() -> str:
+    """Those that are measured by default."""
+    return METHODS + (",divprune" if "divprune" in vlprune.methods() else "")
+
+
+def variants_of(methods: str, budgets: str = written.BUDGETS) -> list[Variant]:
+    """What is written, checked: a method or option that does not exist fails here."""
+    settings = written.parse(methods, budgets)
+    for setting in settings:
+        if setting.method != written.UNPRUNED:
+            setting.make()
+    return variants(settings)
 
 
 def run(suite: Suite, kinds: Sequence[str], out: Path, resume: bool, console: Console) -> None:
@@ -72,7 +84,7 @@ def run(suite: Suite, kinds: Sequence[str], out: Path, resume: bool, console: Co
     if "kernels" in kinds:
         sink = jobs.Sink(out / "kernels.csv", kernel_rows.COLUMNS, suite.device, resume)
         cases = list(kernels.CASES.values())
-        jobs.kernels(cases, suite.shapes, sink, suite.dtype, suite.rounds, suite.compiled, console.print)
+        jobs.kernels(cases, suite.shapes, sink, suite.dtype, suite.rounds, suite.compiled, console.print, suite.minutes)
         report.print_kernels(sink.rows, console)
     if "model" in kinds:
         sink = jobs.Sink(out / "model.csv", model.COLUMNS, suite.device, resume)

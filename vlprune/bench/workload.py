@@ -44,14 +44,13 @@ class Sample:
 class Workload:
     """A model and the inputs of a batch of equal prompts, as a processor gives them.
 
-    ``preprocess``: makes the pixels anew on the host, None where the model came without a processor. ``steps``: tokens that
-    are decoded.
+    ``preprocess``: makes the pixels anew on the host. ``steps``: tokens that are decoded.
     """
 
     name: str
     model: Any
     inputs: dict[str, Tensor]
-    preprocess: Preprocess | None
+    preprocess: Preprocess
     steps: int = 8
     parts: Parts = field(init=False)
 
@@ -98,10 +97,16 @@ class Workload:
         recorder = Recorder(self.device)
         marks = [recorder.mark()]
         for step in range(self.steps):
-            seen = mask[:, : length + step + 1]
-            self.model(input_ids=token, attention_mask=seen, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            given = {"attention_mask": mask[:, : length + step + 1], **self._position(length + step)}
+            self.model(input_ids=token, **given, past_key_values=cache, use_cache=True, logits_to_keep=1)
             marks.append(recorder.mark())
         return [recorder.seconds(begin, end) for begin, end in zip(marks, marks[1:], strict=False)]
+
+    def _position(self, place: int) -> dict[str, Tensor]:
+        """Positions of a new token, which ``generate()`` gives to models whose positions have three axes."""
+        if not hasattr(self.model.model, "rope_deltas"):
+            return {}
+        return {"position_ids": torch.full((3, self.batch, 1), place, device=self.device)}
 
     def peak(self, method: Method | None) -> int | None:
         """Bytes of tensors that were alive together in a prefill on a CPU; None on a GPU, whose allocator is asked instead."""
@@ -114,9 +119,7 @@ class Workload:
         return tensors.peak
 
     def preprocess_seconds(self, times: int = 5) -> list[float]:
-        """What the host takes to make the pixels of the batch; empty where there is no processor."""
-        if self.preprocess is None:
-            return []
+        """What the host takes to make the pixels of the batch."""
         self.preprocess()
         found = []
         for _ in range(times):
@@ -222,9 +225,6 @@ def _image_processor(config: Any) -> Any:
     if kind == "llava_next":
         grids = config.image_grid_pinpoints
         return _processor_class("LlavaNextImageProcessor")(size=side, crop_size=vision.image_size, image_grid_pinpoints=grids)
-    if kind == "llava_onevision":
-        square = {"height": vision.image_size, "width": vision.image_size}
-        return _processor_class("LlavaOnevisionImageProcessor")(size=square, image_grid_pinpoints=config.image_grid_pinpoints)
     return _processor_class("Qwen2VLImageProcessor")(patch_size=vision.patch_size, merge_size=vision.spatial_merge_size)
 
 
