@@ -3,6 +3,7 @@
 Every one is an operator of ``torch.library``, so that ``torch.compile`` and CUDA graphs go through it.
 """
 
+from vlprune.kernels.attention_columns import attention_columns
 from vlprune.kernels.attention_rows import attention_rows
 from vlprune.kernels.bipartite_match import bipartite_match
 from vlprune.kernels.compact_cache import compact_cache, compact_cache_
@@ -13,6 +14,7 @@ from vlprune.kernels.gather_rows import gather_rows
 from vlprune.kernels.merge_rows import merge_rows
 
 __all__ = [
+    "attention_columns",
     "attention_rows",
     "bipartite_match",
     "compact_cache",
