@@ -14,10 +14,12 @@ import numpy as np
 from PIL import Image
 
 from vlprune.errors import VLPruneError
-from vlprune.evals.metrics import MEAN, Estimate, Metric, estimate
+from vlprune.evals.metrics import MEAN, Estimate, estimate
 
 Row = Mapping[str, Any]
 """An answered example: ``id``, ``category``, ``answers``, ``details``, ``prediction`` (None: failed) and ``score``."""
+Picture = bytes | Image.Image | Callable[[], bytes | Image.Image]
+"""An image as it came: encoded, decoded, or a function that reads either when it is asked."""
 
 
 class DataError(VLPruneError):
@@ -33,15 +35,14 @@ class Example:
     """One question about one image.
 
     ``question`` is all the text that the model is shown, the benchmark's instruction included. ``details`` is what scoring
-    needs beside ``answers``, and can be written as JSON. ``picture`` is the image as it came: encoded bytes, a decoded image,
-    or a function that reads either when it is asked.
+    needs beside ``answers``, and can be written as JSON.
     """
 
     id: str
     category: str
     question: str
     answers: tuple[str, ...]
-    picture: bytes | Image.Image | Callable[[], bytes | Image.Image] = field(repr=False, compare=False)
+    picture: Picture = field(repr=False, compare=False)
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -111,13 +112,20 @@ class Summary:
         return asdict(self)
 
 
+Scorer = Callable[[str, "Row | Example"], float]
+"""From an answer, and the example that it is to, to a score in [0, 1]."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Benchmark(ABC):
-    """Fields of a subclass are its options, as :func:`vlprune.evals.benchmarks.find` takes them."""
+    """Fields of a subclass are its options, as :func:`vlprune.evals.benchmarks.find` takes them.
+
+    ``conventions`` are the ways in which answers are scored, by name; the first gives the headline.
+    """
 
     name: ClassVar[str]
     title: ClassVar[str]
-    metric: ClassVar[Metric]
+    conventions: ClassVar[Mapping[str, Scorer]]
     max_new_tokens: ClassVar[int] = 16
 
     @property
@@ -131,15 +139,27 @@ class Benchmark(ABC):
 
     def score(self, row: Row | Example, prediction: str | None) -> float:
         """Score of one answer in [0, 1]; no prediction is a wrong one."""
-        return self.metric.sample(prediction, answers_of(row))
+        return 0.0 if prediction is None else next(iter(self.conventions.values()))(prediction, row)
 
     def summary(self, rows: Sequence[Row]) -> Summary:
-        """Mean over samples, over all and for each category."""
-        return mean_summary(rows, {self.metric.name: [float(row["score"]) for row in rows]})
+        """Mean over samples by each convention, over all and, by the first, for each category."""
+        first, *others = self.conventions
+        scores = {first: [float(row["score"]) for row in rows]}
+        scores |= {name: scores_by(self.conventions[name], rows) for name in others}
+        return mean_summary(rows, scores)
 
     @classmethod
     def options(cls) -> list[str]:
         return [one.name for one in fields(cls)]
+
+
+def scores_by(scorer: Scorer, rows: Iterable[Row]) -> list[float]:
+    return [0.0 if row["prediction"] is None else scorer(row["prediction"], row) for row in rows]
+
+
+def by_answers(score: Callable[[str, Sequence[str]], float]) -> Scorer:
+    """A scorer that looks at nothing but the answers."""
+    return lambda prediction, row: score(prediction, answers_of(row))
 
 
 def mean_summary(rows: Sequence[Row], scores: Mapping[str, Sequence[float]]) -> Summary:

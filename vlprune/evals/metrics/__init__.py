@@ -11,6 +11,7 @@ from vlprune.evals.metrics.catalogue import (
     METRIC_OF_KIND,
     NAMED,
     POPE_F1,
+    POPE_F1_STRICT,
     RELAXED_ACCURACY,
     VQA_ACCURACY,
 )
@@ -18,7 +19,7 @@ from vlprune.evals.metrics.choices import bare_letter, infer_option, infer_text,
 from vlprune.evals.metrics.estimates import MEAN, Estimate, Metric, estimate
 from vlprune.evals.metrics.texts import anls, edit_distance, exact_match, relaxed_accuracy
 from vlprune.evals.metrics.vqa import CONTRACTIONS, normalise_vqa, vqa_accuracy
-from vlprune.evals.metrics.yes_no import mme_answer, pope, pope_answer, pope_correct, yes_no_answer
+from vlprune.evals.metrics.yes_no import mme_answer, mme_correct, mme_pairs, pope, pope_answer, pope_correct
 
 __all__ = [
     "ANLS",
@@ -28,6 +29,7 @@ __all__ = [
     "METRIC_OF_KIND",
     "NAMED",
     "POPE_F1",
+    "POPE_F1_STRICT",
     "RELAXED_ACCURACY",
     "VQA_ACCURACY",
     "Estimate",
@@ -40,6 +42,8 @@ __all__ = [
     "infer_option",
     "infer_text",
     "mme_answer",
+    "mme_correct",
+    "mme_pairs",
     "normalise_vqa",
     "pope",
     "pope_answer",
@@ -47,5 +51,4 @@ __all__ = [
     "relaxed_accuracy",
     "scienceqa_letter",
     "vqa_accuracy",
-    "yes_no_answer",
 ]

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from vlprune.evals.metrics.estimates import Metric
 from vlprune.evals.metrics.texts import anls, exact_match, relaxed_accuracy
 from vlprune.evals.metrics.vqa import vqa_accuracy
-from vlprune.evals.metrics.yes_no import confusion, f1, pope_correct
+from vlprune.evals.metrics.yes_no import confusion, f1, pope_correct, pope_strictly_correct, strict_confusion
 
 VQA_ACCURACY = Metric("VQA accuracy", vqa_accuracy)
 ANLS = Metric("ANLS", anls)
 RELAXED_ACCURACY = Metric("relaxed accuracy", relaxed_accuracy)
 EXACT_MATCH = Metric("exact match", exact_match)
 POPE_F1 = Metric("POPE F1", pope_correct, confusion, f1)
+POPE_F1_STRICT = Metric("POPE F1, lmms-eval", pope_strictly_correct, strict_confusion, f1)
 
 METRIC_OF_KIND: Mapping[str, Metric] = {
     "text": VQA_ACCURACY,

@@ -50,9 +50,24 @@ def f1(totals: np.ndarray) -> np.ndarray:
     return np.divide(2 * tp, 2 * tp + wrong, out=np.zeros_like(tp), where=2 * tp + wrong > 0)
 
 
-def yes_no_answer(text: str) -> str:
-    """POPE as lmms-eval reads it: the stripped, lower-case answer, which must equal "yes" or "no" to count."""
-    return text.lower().strip()
+def pope_strictly_correct(prediction: str, answers: Sequence[str]) -> float:
+    """POPE as lmms-eval reads it: the answer must be "yes" or "no", but for case and surrounding space."""
+    return float(prediction.lower().strip() == answers[0])
+
+
+def strict_confusion(prediction: str | None, answers: Sequence[str]) -> tuple[float, ...]:
+    """As :func:`confusion`, read as lmms-eval reads it: what is neither "yes" nor "no" counts nowhere.
+
+    So such an answer to a question that should have been affirmed is no false negative, and costs no recall.
+    """
+    said, positive = (prediction or "").lower().strip(), answers[0] == "yes"
+    cells = (
+        said == "yes" and positive,
+        said == "yes" and not positive,
+        said == "no" and positive,
+        said == "no" and not positive,
+    )
+    return tuple(float(cell) for cell in cells)
 
 
 # ------------------------------------------------------------------ MME
