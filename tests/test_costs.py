@@ -215,7 +215,7 @@ def test_a_batch_is_asked_for_its_placeholders_and_its_padding(method):
     """Once a prefill, at its beginning."""
     found = waits(model_of("llava"), zoo.prompt("llava", **zoo.SCENARIOS["batch"]), QUIET[method])
     assert {where.split(":")[0]: count for where, count in found.items()} == {
-        "tolist at engine/decoder.py": 1,
+        "tolist at engine/placing.py": 1,
         "tolist at engine/sequence.py": 1,
     }
 

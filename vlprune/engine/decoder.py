@@ -8,8 +8,6 @@ included, goes on in lengths that count every token.
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Sequence as Listing
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,109 +15,18 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from vlprune.engine import cache as caches
-from vlprune.engine import masks, stages
-from vlprune.engine.devices import to_device
-from vlprune.engine.encoder import Chosen, EncoderHooks
+from vlprune.engine import stages
+from vlprune.engine.encoder import EncoderHooks
 from vlprune.engine.family import Parts
-from vlprune.engine.rows import RowMap, Take, put, take, take_tables
-from vlprune.engine.sequence import Image, Sequence
+from vlprune.engine.forward import Forward, Passed, Prefill
+from vlprune.engine.placing import distinct, placed
+from vlprune.engine.rows import Take, put, take
+from vlprune.engine.sequence import Sequence
 from vlprune.engine.stages import Ledger, Pass
 from vlprune.engine.text_signals import TextSignals
-from vlprune.errors import VLPruneError
 from vlprune.method import Method
 
 CONTEXT = "vlprune_context"
-
-
-@dataclass(eq=False)
-class Prefill:
-    """What the last forward with images was like; :mod:`vlprune.report` reads it.
-
-    ``physical``: rows of a sequence at each layer, ``held``: entries of each layer's cache before, ``cached``: afterwards;
-    ``logical`` and ``past`` count every token.
-    """
-
-    images: list[Image]
-    batch: int
-    logical: int
-    past: int
-    physical: list[int] = field(default_factory=list)
-    held: list[int] = field(default_factory=list)
-    cached: list[int] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class Passed:
-    """What happened before one layer: ``changes`` of the hidden states, in order, then ``rows (B, n)`` as they were in it.
-
-    Kept, since checkpointing runs the layers again during backward. ``alive``: each image's tokens. ``row_map``: of the
-    layer's cache once the layer has run, ``left``: after eviction.
-    """
-
-    changes: list[Callable[[Tensor], Tensor]]
-    rows: Tensor | None
-    version: int
-    filler: bool
-    alive: list[Tensor]
-    row_map: RowMap | None = None
-    left: RowMap | None = None
-
-
-@dataclass(eq=False)
-class Forward:
-    """One pass through the text model.
-
-    ``now``: what the method's stages are told of it. ``mask``: as the text model was given it. ``old``: the row map of each
-    layer's cache before the pass, ``group``: a number for each of them. ``ledger``: the images whose entries the method may
-    evict, None if it is not asked. ``passed``: what was found at the layers so far, ``finished``: how many of them need
-    nothing any more that was measured in them.
-    """
-
-    batch: int
-    length: int
-    past: int
-    cache: Any
-    attention: str
-    now: Pass
-    mask: Any
-    old: list[RowMap | None]
-    group: list[int]
-    types: Listing[str] | None
-    ledger: Ledger | None = None
-    passed: dict[int, Passed] = field(default_factory=dict)
-    finished: int = 0
-    memo: dict[Any, Any] = field(default_factory=dict)
-
-    @property
-    def sequence(self) -> Sequence | None:
-        """The prompt under way, None where nothing can leave."""
-        return self.now.sequence
-
-    @property
-    def flash(self) -> bool:
-        return "flash" in self.attention
-
-    @property
-    def ends(self) -> int:
-        """Logical tokens after the pass."""
-        return self.past + self.length
-
-    def once(self, name: Any, make: Callable[[], Any]) -> Any:
-        """Layers that hold the same tokens share what the first one computed."""
-        if name not in self.memo:
-            self.memo[name] = make()
-        return self.memo[name]
-
-    def kind(self, layer: int) -> tuple[int, int, str]:
-        """What layers have in common that share rows, columns and masks."""
-        return self.group[layer], self.passed[layer].version, self.types[layer] if self.types else ""
-
-    def held(self, layer: int) -> int:
-        """Physical entries of the layer's cache before the pass."""
-        if self.cache is not None and caches.is_sliding(self.cache, layer):
-            return caches.stored(self.cache, layer)
-        old = self.old[layer]
-        return self.past - (0 if old is None else old.dropped)
 
 
 class LayerHook:
@@ -231,7 +138,7 @@ class DecoderHooks:
         if chosen is not None:
             assert self.visual is not None
             images = placed(chosen, self.visual)
-            self.prefill = Prefill(_distinct(images), batch, length, past)
+            self.prefill = Prefill(distinct(images), batch, length, past)
             if pruning:
                 sequence = Sequence(images, self.visual)
         if sequence is None and not pruned:
@@ -376,7 +283,7 @@ class DecoderHooks:
             forward.passed[layer] = self._pass(forward, layer, hidden, kwargs.get("attention_mask"))
         for change in forward.passed[layer].changes:
             hidden = change(hidden)
-        changed = self._translate(forward, layer, kwargs)
+        changed = forward.translate(layer, kwargs)
         if args:
             return (hidden, *args[1:]), changed
         return args, {**changed, "hidden_states": hidden}
@@ -389,7 +296,7 @@ class DecoderHooks:
         else:
             changes: list[Callable[[Tensor], Tensor]] = []
             if layer == 0:
-                sequence.enter(self._padding(forward, mask))
+                sequence.enter(forward.padding(mask))
             if layer == 0 and sequence.rows is not None:
                 changes.append(Take(sequence.rows))
                 if layer in forward.now.leaving():
@@ -398,135 +305,6 @@ class DecoderHooks:
             alive = [image.alive for image in sequence.all_images()]
             passed = Passed(changes, sequence.rows, sequence.version, sequence.filler, alive)
         forward.passed[layer] = passed
-        passed.row_map = self._row_map(forward, layer, hidden.device)
+        passed.row_map = forward.row_map(layer, hidden.device)
         self._finish(forward, layer)
         return passed
-
-    @staticmethod
-    def _padding(forward: Forward, mask: Any) -> Tensor | None:
-        """Which of the new tokens are padding. ``mask``: what the first layer is given."""
-        given = forward.mask
-        if mask is None and torch.is_tensor(given) and given.ndim == 2 and (forward.flash or forward.attention == "sdpa"):
-            # transformers has read the mask for these kernels, and leaves it out where it hides nothing.
-            return None
-        return masks.padding(given, forward.past, forward.length, forward.batch)
-
-    def _translate(self, forward: Forward, layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Keyword arguments of a decoder layer, in physical rows and columns."""
-        passed = forward.passed[layer]
-        rows, changed = passed.rows, dict(kwargs)
-        if forward.sequence is not None and forward.flash and "position_ids" in kwargs:
-            # Positions of visual tokens have gaps, which look like packed sequences to flash attention.
-            changed["position_ids"] = None
-        if passed.row_map is None:
-            return changed
-        kind = forward.kind(layer)
-        if rows is not None:
-            for name in [n for n in kwargs if n.startswith("position_embeddings") and kwargs[n] is not None]:
-                tables = kwargs[name]
-                changed[name] = forward.once((name, kind), lambda tables=tables: tuple(take_tables(t, rows) for t in tables))
-            ids = changed.get("position_ids")
-            if ids is not None:
-                changed["position_ids"] = forward.once(("ids", kind), lambda: take(ids, rows, 1))
-        if kwargs.get("cache_position") is not None:
-            changed["cache_position"] = self._cache_position(forward, layer, rows, kwargs["cache_position"])
-        changed["attention_mask"] = forward.once(
-            ("mask", kind), lambda: self._mask(forward, layer, kwargs.get("attention_mask"))
-        )
-        return changed
-
-    @staticmethod
-    def _row_map(forward: Forward, layer: int, device: torch.device) -> RowMap | None:
-        old, passed = forward.old[layer], forward.passed[layer]
-        if passed.rows is None:
-            return old
-
-        def extended() -> RowMap:
-            head = old or RowMap.identity(forward.batch, forward.past, device)
-            return head.extended(passed.rows, forward.past, forward.length, passed.filler)
-
-        return forward.once(("map", *forward.kind(layer)[:2]), extended)
-
-    @staticmethod
-    def _mask(forward: Forward, layer: int, mask: Any) -> Any:
-        cache, passed = forward.cache, forward.passed[layer]
-        assert passed.row_map is not None
-        slots = caches.slots(cache) if cache is not None and caches.is_static(cache) else None
-        stored = caches.stored(cache, layer) if cache is not None and caches.is_sliding(cache, layer) else None
-        return masks.physical(
-            mask, masks.Layer(passed.row_map, passed.rows, forward.past, forward.length, slots, stored, forward.flash)
-        )
-
-    @staticmethod
-    def _cache_position(forward: Forward, layer: int, rows: Tensor | None, logical: Tensor) -> Tensor:
-        """Slots that this pass writes to (transformers before 5.4 tells the layers)."""
-        old = forward.old[layer]
-        if rows is None:
-            return logical if old is None else logical - old.shift
-        return torch.arange(rows.shape[1], device=logical.device) + forward.held(layer)
-
-
-def placed(chosen: dict[int, list[Chosen]], visual: Tensor) -> list[list[Image]]:
-    """The images of each sequence, with the places of their placeholders. Beams of a prompt share its images.
-
-    ``visual (B, L)``: 0 for text, else the kind of placeholder that ``chosen`` is ordered by.
-    """
-    batch = visual.shape[0]
-    images: list[list[Image]] = [[] for _ in range(batch)]
-    for kind, listed in chosen.items():
-        mine = visual == kind
-        places = mine.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-        for sample, own in enumerate(assign(listed, mine)):
-            start = 0
-            for choice in own:
-                total = choice.layout.total
-                run = places[sample, start : start + total]
-                alive = (
-                    torch.arange(total, device=visual.device) if choice.keep is None else to_device(choice.keep, visual.device)
-                )
-                images[sample].append(Image(choice, sample, run, alive, notes=dict(choice.notes)))
-                start += total
-    return images
-
-
-def _distinct(images: list[list[Image]]) -> list[Image]:
-    """Each image once, in the order of the prompts, also where beams share it."""
-    seen: dict[int, Image] = {}
-    for sample in images:
-        for image in sample:
-            seen.setdefault(id(image.chosen), image)
-    return list(seen.values())
-
-
-def assign(chosen: list[Chosen], visual: Tensor) -> list[list[Chosen]]:
-    """The images of each sequence: as many as fill its placeholders. Beams of a prompt share its images.
-
-    ``visual (B, L)`` bool. Raises :class:`VLPruneError` where images and placeholders disagree.
-    """
-    total = sum(choice.layout.total for choice in chosen)
-    batch = visual.shape[0]
-    if batch == 1:
-        # Everything belongs to the one sequence; asking the device for its count would wait for it. The model itself compares
-        # features with placeholders.
-        return [chosen]
-    counts = visual.sum(1).tolist()
-    copies, rest = divmod(sum(counts), total) if total else (0, 1)
-    problem = VLPruneError(
-        f"the prompt holds {sum(counts)} placeholders of visual tokens where the images give {total}: pass each prompt "
-        "whole and with its own images (a prefill in chunks cannot be pruned)"
-    )
-    if rest or copies == 0 or batch % copies:
-        raise problem
-    remaining = iter(chosen)
-    order: list[list[Chosen]] = []
-    for sample in range(0, batch, copies):
-        images: list[Chosen] = []
-        while sum(choice.layout.total for choice in images) < counts[sample]:
-            image = next(remaining, None)
-            if image is None:
-                raise problem
-            images.append(image)
-        if sum(choice.layout.total for choice in images) != counts[sample]:
-            raise problem
-        order.extend([images] * copies)
-    return order

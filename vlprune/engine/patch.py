@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlprune.engine.decoder import DecoderHooks, Prefill
+from vlprune.engine.decoder import DecoderHooks
 from vlprune.engine.encoder import EncoderHooks
 from vlprune.engine.family import Family, Parts
+from vlprune.engine.forward import Prefill
 from vlprune.errors import UnsupportedMethodError, UnsupportedModelError
 from vlprune.image import ModelShape
 from vlprune.method import Method, methods
