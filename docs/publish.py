@@ -16,6 +16,9 @@ from typing import Any, NamedTuple
 from vlprune.evals import plot
 
 DOCS = Path(__file__).parent
+BENCHMARK = "synthvqa"
+MEAN, READING = "mean over kinds", "text, form, chart"
+"""Numbers of SynthVQA."""
 BASELINE = "uniform"
 """Drawn beside each method's own curve."""
 TYPICAL = 0.4
@@ -42,7 +45,7 @@ def main(folders: list[Path]) -> None:
     for folder in folders:
         _take(folder)
     published = {model: json.loads((DOCS / page.summary).read_text()) for model, page in PAGES.items() if _is_there(page)}
-    names = {_name(row) for summary in published.values() for row in summary["settings"]} - {"none"}
+    names = {_name(row) for summary in published.values() for row in _settings(summary)} - {"none"}
     for name in sorted(names):
         page = DOCS / "methods" / f"{name}.md"
         if page.exists():
@@ -71,6 +74,10 @@ def _take(folder: Path) -> None:
     (DOCS / page.page).write_text(text)
 
 
+def _settings(summary: Summary) -> list[Summary]:
+    return summary["benchmarks"][BENCHMARK]["settings"]
+
+
 def _name(row: Summary) -> str:
     """The method without its options."""
     return row["method"].partition("[")[0]
@@ -83,15 +90,15 @@ def _method(name: str, published: dict[str, Any]) -> str:
     """A picture and a table for each model that the method was measured with."""
     parts, shown = [], []
     for model, summary in published.items():
-        rows = [row for row in summary["settings"] if _name(row) == name]
+        rows = [row for row in _settings(summary) if _name(row) == name]
         if rows:
-            unpruned = [row for row in summary["settings"] if row["method"] == "none"]
+            unpruned = [row for row in _settings(summary) if row["method"] == "none"]
             parts.append(f"{_conditions(summary['run'])}\n\n{_table(unpruned + rows)}\n")
-            beside = [row for row in summary["settings"] if row["method"] == BASELINE and name != BASELINE]
-            shown.append((unpruned + rows + beside, "mean", model))
+            beside = [row for row in _settings(summary) if row["method"] == BASELINE and name != BASELINE]
+            shown.append(plot.Panel(unpruned + rows + beside, MEAN, model))
     picture = f"images/methods/{name}.png"
     (DOCS / picture).parent.mkdir(exist_ok=True)
-    plot.panels(shown).savefig(DOCS / picture, dpi=90)
+    plot.figure(shown).savefig(DOCS / picture, dpi=90)
     parts.append(f"![{name}: accuracy against visual tokens](../{picture})\n")
     pages = ", ".join(f"[{model}](../{PAGES[model].page})" for model in published)
     return "\n".join([*parts, f"All methods in one table and picture: {pages}."])
@@ -99,10 +106,10 @@ def _method(name: str, published: dict[str, Any]) -> str:
 
 def _conditions(run: Summary) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-    hardware = run["hardware"]
+    hardware, data = run["hardware"], run["benchmarks"][BENCHMARK]
     cores = f", {hardware['cores']} cores" if "cores" in hardware else ""
     return (
-        f"{run['model']['name']} on {run['data']['name']}, {run['data']['samples']} questions; {hardware['device']}{cores}; "
+        f"{run['model']['name']} on {data['version']}, {data['samples']} questions; {hardware['device']}{cores}; "
         f"{versions}, commit {run['commit']}; `{run['command']}`."
     )
 
@@ -111,7 +118,7 @@ def _table(rows: list[Summary]) -> str:
     head = ["method", "budget", "enter", "layers", "cache", "mean accuracy", "text, form, chart", "agreement", "prefill"]
     lines = [_row([*head, "speed-up", "decode"]), _row(["---"] + ["---:"] * (len(head) + 1))]
     for row in rows:
-        cells = [row["method"], _budget(row), *_tokens(row), _score(row, "mean"), _score(row, "reading")]
+        cells = [row["method"], _budget(row), *_tokens(row), _score(row, MEAN), _score(row, READING)]
         cells += [f"{100 * row['agreement']:.1f} %", *_speed(row), f"{row['decode_ms']:.1f} ms"]
         lines.append(_row(cells))
     lines.append(
@@ -129,9 +136,9 @@ def _overview(published: dict[str, Any]) -> str:
     head = ["method", "budget", "layers", "cache", f"mean accuracy, {first}", "text, form, chart", "prefill", "speed-up"]
     head += [f"mean accuracy, {model}" for model, _ in others]
     lines = [_row(head), _row(["---"] + ["---:"] * (len(head) - 1))]
-    for row in _typical(summary["settings"]):
-        cells = [row["method"], _budget(row), *_tokens(row)[1:], _score(row, "mean"), _score(row, "reading"), *_speed(row)]
-        lines.append(_row(cells + [_score(_same(row, other["settings"]), "mean") for _, other in others]))
+    for row in _typical(_settings(summary)):
+        cells = [row["method"], _budget(row), *_tokens(row)[1:], _score(row, MEAN), _score(row, READING), *_speed(row)]
+        lines.append(_row(cells + [_score(_same(row, _settings(other)), MEAN) for _, other in others]))
     lines.append("\nlayers, cache: visual tokens of an image as a mean over the LLM's layers, and left in the cache.")
     return "\n\n".join([_conditions(summary["run"]), "\n".join(lines)])
 
@@ -166,8 +173,11 @@ def _tokens(row: Summary) -> list[str]:
     return [f"{row[key]:.0f}" for key in ("tokens", "layer_tokens", "cached_tokens")]
 
 
-def _score(row: Summary | None, key: str) -> str:
-    return "–" if row is None else f"{100 * row[key]['value']:.1f} % ± {50 * (row[key]['high'] - row[key]['low']):.1f}"
+def _score(row: Summary | None, name: str) -> str:
+    if row is None:
+        return "–"
+    number = row["numbers"][name]
+    return f"{100 * number['value']:.1f} % ± {50 * (number['high'] - number['low']):.1f}"
 
 
 def _speed(row: Summary) -> list[str]:

@@ -12,8 +12,11 @@ from typer.testing import CliRunner, Result
 
 import vlprune
 from vlprune import cli
-from vlprune.evals import commands, runner, settings
+from vlprune.evals import commands, journal, loading, progress, runner, settings
+from vlprune.evals.answering import Answering
 from vlprune.evals.tinyvlm import build
+
+from .evals import small
 
 WIDE = {"COLUMNS": "120", "TERM": "dumb"}
 
@@ -51,7 +54,7 @@ def test_models_lists_families():
 
 def test_help_names_the_commands():
     output = invoke("--help").output
-    for name in ("eval", "methods", "models"):
+    for name in ("eval", "report", "methods", "models"):
         assert name in output
 
 
@@ -67,6 +70,10 @@ def test_help_names_the_commands():
         (["--methods", "fastv[layr=1]"], "layer"),
         (["--methods", "fastv:much"], "'much'"),
         (["--model", "./no-such-model"], "no-such-model"),
+        (["--benchmarks", "synthvq"], "synthvq"),
+        (["--benchmarks", "synthvqa[colour=red]"], "colour"),
+        (["--benchmarks", ","], "--benchmarks"),
+        (["--benchmarks", "synthvqa,synthvqa"], "both"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], told: str, tmp_path: Path):
@@ -82,10 +89,10 @@ def test_eval_from_plan_to_picture(folder: str, tmp_path: Path):
     result = invoke(*few(folder, tmp_path))
     assert result.exit_code == 0, result.output
     assert "2 settings x 12 samples" in result.output
-    assert "24/24 samples" in result.output
-    for heading in ("enter", "layers", "cache", "mean", "agree", "prefill", "GFLOP"):
+    assert "24/24 answers" in result.output
+    for heading in ("enter", "layers", "cache", "score", "agree", "prefill", "GFLOP"):
         assert heading in result.output
-    for name in ("rows.jsonl", "summary.json", "table.md", "accuracy.png"):
+    for name in ("summary.json", "table.md", "table.csv", "accuracy.png", "time.png"):
         assert (tmp_path / name).exists()
         assert name in result.output
 
@@ -94,7 +101,7 @@ def test_a_method_with_options_and_budgets_of_its_own(folder: str, tmp_path: Pat
     result = invoke(*few(folder, tmp_path), "--methods", "none,fastv[layer=1]:0.5,uniform")
     assert result.exit_code == 0, result.output
     assert "fastv[layer=1]  0.5" in result.output
-    assert {(row["method"], row["budget"]) for row in runner.read_rows(tmp_path)} == {
+    assert {(row["method"], row["budget"]) for row in journal.read_rows(tmp_path)} == {
         ("none", 1.0),
         ("fastv[layer=1]", 0.5),
         ("uniform", 0.1),
@@ -114,11 +121,11 @@ def test_defaults_that_a_model_cannot_have_are_left_out_and_told(folder: str, tm
     result = invoke(*arguments)
     assert result.exit_code == 0, result.output
     assert "Left out: fastv 0.1: budget=0.1 allows 33" in " ".join(result.output.split())
-    assert {row["method"] for row in runner.read_rows(tmp_path)} == {"none", "uniform"}
+    assert {row["method"] for row in journal.read_rows(tmp_path)} == {"none", "uniform"}
 
 
 def test_each_model_has_a_folder():
-    folders = [commands._folder(model) for model in ("tinyvlm", "tinyvlm-qwen", "llava-hf/llava-1.5-7b-hf", "./a model/")]
+    folders = [loading.folder(model) for model in ("tinyvlm", "tinyvlm-qwen", "llava-hf/llava-1.5-7b-hf", "./a model/")]
     assert [str(f) for f in folders] == [f"results/eval{end}" for end in ("", "-tinyvlm-qwen", "-llava-1.5-7b-hf", "-a-model")]
 
 
@@ -129,14 +136,14 @@ def test_other_samples_need_another_folder_or_a_restart(folder: str, tmp_path: P
     assert result.exit_code == 2
     assert "--restart" in result.stderr
     assert invoke(*fewer, "--restart").exit_code == 0
-    assert len(runner.read_rows(tmp_path)) == 12
+    assert len(journal.read_rows(tmp_path)) == 12
 
 
 def test_failures_are_told(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def broken(*_: Any) -> Any:
         raise RuntimeError("no [memory] left")
 
-    monkeypatch.setattr(runner._Runner, "_generate", broken)
+    monkeypatch.setattr(Answering, "_generate", broken)
     result = invoke(*few(folder, tmp_path))
     assert result.exit_code == 0, result.output
     assert re.search(r"24 samples failed.*RuntimeError: no \[memory\] left", " ".join(result.output.split()))
@@ -144,29 +151,29 @@ def test_failures_are_told(folder: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_interrupt_says_what_is_kept_and_goes_on(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Ctrl-C once the first batch is on disk."""
-    append = runner.Journal.append
+    append = journal.Journal.append
 
     def append_and_interrupt(journal: Any, rows: Any) -> None:
         append(journal, rows)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner.Journal, "append", append_and_interrupt)
+        patch.setattr(journal.Journal, "append", append_and_interrupt)
         result = invoke(*few(folder, tmp_path))
-    kept = len(runner.read_rows(tmp_path))
+    kept = len(journal.read_rows(tmp_path))
     assert result.exit_code == 130, result.output
     assert f"{kept} rows are kept" in result.output
     assert 0 < kept < 24
     done = invoke(*few(folder, tmp_path))
-    assert "24/24 samples" in done.output
-    assert len(runner.read_rows(tmp_path)) == 24
+    assert "24/24 answers" in done.output
+    assert len(journal.read_rows(tmp_path)) == 24
 
 
 def test_interrupt_before_the_first_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "_load", interrupted)
+    monkeypatch.setattr(loading, "model", interrupted)
     result = invoke("eval", "--out", str(tmp_path))
     assert result.exit_code == 130
     assert "Traceback" not in result.output
@@ -181,11 +188,11 @@ def test_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch):
 
 def test_remaining_time_is_printed_where_no_terminal_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     clock = iter([0.0, 10.0, 30.0, 31.0])
-    monkeypatch.setattr(commands.time, "monotonic", lambda: next(clock))
-    progress = commands.PlainProgress(commands.Console(width=120, highlight=False))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    plain = progress.PlainProgress(commands.Console(width=120, highlight=False))
     for done in (110, 130, 200):
-        progress(runner.Progress(settings.Setting("hired", 0.2), done, 200, resumed=100))
+        plain(runner.Progress(settings.Setting("hired", 0.2), small.TASK, done, 200, resumed=100))
     assert capsys.readouterr().out.splitlines() == [
-        "130/200 samples, hired 0.2, about 1:10 left",
-        "200/200 samples, hired 0.2, about 0:00 left",
+        "130/200 answers, synthvqa, hired 0.2, about 1:10 left",
+        "200/200 answers, synthvqa, hired 0.2, about 0:00 left",
     ]

@@ -16,11 +16,16 @@ import pytest
 import torch
 
 import vlprune
-from vlprune.evals import runner
-from vlprune.evals.runner import MANIFEST, ROWS, Progress, Row, RunMismatchError
+from vlprune.evals import journal, runner
+from vlprune.evals.answering import TIMES, Answering
+from vlprune.evals.journal import MANIFEST, Row, RunMismatchError
+from vlprune.evals.runner import Progress
 from vlprune.evals.settings import UNPRUNED, Setting
 
 from . import small
+
+ROWS = "rows-00000.jsonl"
+"""What the only process of a run writes."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +48,7 @@ def lines(out: Path) -> list[str]:
 
 
 def same_rows(out: Path, other: Path) -> None:
-    got, expected = ([small.measured_anew(row) for row in runner.read_rows(folder)] for folder in (out, other))
+    got, expected = ([small.measured_anew(row) for row in journal.read_rows(folder)] for folder in (out, other))
     assert got == expected
 
 
@@ -51,19 +56,19 @@ def same_rows(out: Path, other: Path) -> None:
 
 
 def test_rows_hold_what_was_measured(whole: Path):
-    rows = runner.read_rows(whole)
+    rows = journal.read_rows(whole)
     assert len(rows) == len(small.EXAMPLES) * len(small.SETTINGS)
     assert not any(row["error"] for row in rows)
     tokens = {(row["method"], row["visual_tokens"], row["tokens"]) for row in rows}
     assert tokens == {("none", 336, 336), ("uniform", 336, 33), ("hired", 336, 24)}
     for row in rows:
-        assert row["prefill_seconds"] > 0
-        assert row["decode_seconds_per_token"] > 0
+        assert row[TIMES]["prefill_seconds"] > 0
+        assert row[TIMES]["decode_seconds_per_token"] > 0
         assert row["steps"] == 2
 
 
 def test_costs_are_those_of_a_sample(whole: Path):
-    cost = {row["method"]: row for row in runner.read_rows(whole) if row["id"] == small.EXAMPLES[0].id}
+    cost = {row["method"]: row for row in journal.read_rows(whole) if row["id"] == small.EXAMPLES[0].id}
     assert cost["hired"]["flops"] < cost["uniform"]["flops"] < cost["none"]["flops"]
     layers, width, float32 = 5, 160, 4
     per_token = 2 * layers * width * float32
@@ -72,7 +77,7 @@ def test_costs_are_those_of_a_sample(whole: Path):
 
 def test_prompts_are_padded_on_the_left():
     model, processor = small.parts()
-    inputs = runner.make_inputs(model, processor, [small.EXAMPLES[0], small.EXAMPLES[4]], "")
+    inputs = runner.make_inputs(model, processor, [small.EXAMPLES[0], small.EXAMPLES[4]])
     assert sorted(inputs["attention_mask"][:, 0].tolist()) == [0, 1]
     assert inputs["attention_mask"][:, -1].tolist() == [1, 1]
 
@@ -88,7 +93,7 @@ def test_nothing_is_left_on_the_model(tmp_path: Path):
 
 
 def test_settings_take_turns_on_each_batch(whole: Path):
-    seen = list(dict.fromkeys((row["batch"], row["method"]) for row in runner.read_rows(whole)))
+    seen = list(dict.fromkeys((row["batch"], row["method"]) for row in journal.raw_rows(whole)))
     assert seen == [(batch, setting.method) for batch in range(small.BATCHES) for setting in small.SETTINGS]
 
 
@@ -114,7 +119,7 @@ def wait_for_rows(process: subprocess.Popen[Any], out: Path, count: int) -> None
 
 def test_goes_on_after_kill(whole: Path, tmp_path: Path):
     environment = os.environ | {"PYTHONPATH": str(Path(vlprune.__file__).parents[1])}
-    process = subprocess.Popen([sys.executable, small.__file__, str(tmp_path)], env=environment)
+    process = subprocess.Popen([sys.executable, small.__file__, str(tmp_path), "--slowly"], env=environment)
     try:
         wait_for_rows(process, tmp_path, 22)
     finally:
@@ -153,10 +158,8 @@ def test_torn_bytes_of_a_character(whole: Path, copy: Path):
 
 
 def test_complete_run_measures_nothing(whole: Path, copy: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(runner._Runner, "_generate", lambda *_: pytest.fail("measured again"))
-    rows = small.run(copy)
-    order = [setting.method for setting in small.SETTINGS]
-    assert rows == sorted(runner.read_rows(whole), key=lambda row: order.index(row["method"]))
+    monkeypatch.setattr(Answering, "_generate", lambda *_: pytest.fail("measured again"))
+    assert small.run(copy) == journal.read_rows(whole)
     assert lines(copy) == lines(whole)
 
 
@@ -165,7 +168,7 @@ def test_settings_may_be_added(whole: Path, copy: Path):
     rows = small.run(copy, settings=more)
     assert lines(copy)[: len(lines(whole))] == lines(whole)
     assert {row["method"] for row in rows} == {"none", "uniform", "hired", "resize"}
-    assert [Setting(**s) for s in runner.read_manifest(copy)["settings"]] == more
+    assert journal.settings_in(journal.read_manifest(copy)) == more
 
 
 def test_restart_forgets(copy: Path):
@@ -195,9 +198,9 @@ def other_format(_: Any, out: Path) -> dict[str, Any]:
     ("change", "names"),
     [
         (other_weights, "model sha256"),
-        (lambda *_: {"batch_size": 5}, "generation batch_size there 4, now 5"),
-        (lambda *_: {"instruction": "Be short."}, "generation instruction"),
-        (lambda *_: {"data": "SynthVQA 9"}, "data name"),
+        (lambda *_: {"batch_size": 5, "tasks": [small.task(5)]}, "generation batch_size there 4, now 5"),
+        (lambda *_: {"tasks": [small.task(instruction="Be short.")]}, "benchmarks synthvqa version"),
+        (lambda *_: {"tasks": [small.task(split="train")]}, "benchmarks synthvqa options split there test, now train"),
         (other_format, "format there 1, now"),
     ],
 )
@@ -226,20 +229,17 @@ def test_unreadable_manifest(copy: Path):
 
 def test_manifest_names_everything(whole: Path):
     manifest = json.loads((whole / MANIFEST).read_text())
-    assert set(manifest) == {
-        "format",
-        "model",
-        "data",
-        "generation",
-        "versions",
-        "hardware",
-        "settings",
-        "date",
-        "commit",
-        "command",
-    }
-    assert set(manifest["versions"]) == {"vlprune", "torch", "transformers"}
+    expected = {"format", "model", "benchmarks", "generation", "versions", "hardware", "settings", "sessions"}
+    assert set(manifest) == expected | {"date", "commit", "command"}
+    assert {"vlprune", "python", "torch", "transformers", "accelerate", "pillow"} <= set(manifest["versions"])
     assert manifest["hardware"]["device"]
+    data = manifest["benchmarks"]["synthvqa"]
+    assert (data["samples"], data["max_new_tokens"]) == (18, 3)
+    assert data["version"].startswith("SynthVQA 1")
+    hired = manifest["settings"][2]
+    assert (hired["method"], hired["budget"]) == ("hired", 24)
+    assert hired["knobs"] == vlprune.HiRED(budget=24).to_dict()
+    assert manifest["sessions"][0]["processes"] == 1
 
 
 @pytest.mark.parametrize("setting", [Setting("hierd", 0.2), Setting("hired", 1.5), Setting("hired", 0), Setting("fastv", 0.2)])
@@ -293,7 +293,7 @@ def test_a_failing_sample_is_recorded_and_wrong(whole: Path, tmp_path: Path):
     failed = [row for row in rows if row["error"]]
     assert [row["id"] for row in failed] == alike
     assert {(row["error"], row["score"], row["prediction"]) for row in failed} == {("ValueError: unreadable image", 0.0, None)}
-    expected: dict[str, Row] = {row["id"]: row for row in runner.read_rows(whole) if row["method"] == UNPRUNED}
+    expected: dict[str, Row] = {row["id"]: row for row in journal.read_rows(whole) if row["method"] == UNPRUNED}
     assert all(row["prediction"] == expected[row["id"]]["prediction"] for row in rows if not row["error"])
     small.run(tmp_path, model=model, processor=processor, settings=[Setting(UNPRUNED)])
     assert len(lines(tmp_path)) == len(rows)

@@ -1,26 +1,26 @@
-"""What the command line does: ``vlprune eval``, ``vlprune methods``, ``vlprune models``."""
+"""What the command line does: ``vlprune eval``, ``vlprune report``, ``vlprune methods``, ``vlprune models``."""
 
 from __future__ import annotations
 
 import functools
-import re
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
-from rich import progress as bars
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from vlprune.errors import VLPruneError
+from vlprune.evals import progress
 from vlprune.evals import settings as written
-from vlprune.evals import tinyvlm
+
+if TYPE_CHECKING:
+    from vlprune.evals.batches import Task
+    from vlprune.evals.report import Run
 
 app = typer.Typer(
     help="Visual-token pruning for Hugging Face vision-language models.",
@@ -28,11 +28,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-TINYVLM = "tinyvlm"
-PLAIN_INTERVAL = 20.0
-"""Seconds between two lines of progress where no terminal shows a bar."""
 BAD_INPUT, INTERRUPTED = 2, 130
 """Exit codes."""
+CHANGES = 40
+"""Samples of a benchmark on the page of changed answers."""
 P = ParamSpec("P")
 
 
@@ -76,54 +75,70 @@ def evaluate(
     budgets: Annotated[
         str, typer.Option(help="Fractions (0.2) or counts (64) of an image's visual tokens, for methods that name none.")
     ] = written.BUDGETS,
-    samples: Annotated[int, typer.Option(min=1, help="Questions of the SynthVQA test split.")] = 600,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for rows, summary, table and picture; by default one for each model in results/."),
+    benchmarks: Annotated[
+        str, typer.Option(help="Benchmarks, with commas between, options in brackets; or paths of your own data.")
+    ] = "synthvqa",
+    model: Annotated[str, typer.Option(help="'tinyvlm', 'tinyvlm-qwen', or a model's hub id or folder.")] = "tinyvlm",
+    limit: Annotated[
+        int | None, typer.Option("--limit", "--samples", min=1, help="Questions of each benchmark; all by default.")
     ] = None,
-    model: Annotated[str, typer.Option(help="'tinyvlm', 'tinyvlm-qwen', or a model's hub id or folder.")] = TINYVLM,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer; the benchmark's own by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for rows, tables and pictures; by default one for each model in results/.")
+    ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Forget what an earlier run left in the folder.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice by default.")] = None,
+    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Answer batches with failed samples again.")] = False,
     device: Annotated[str, typer.Option(help="'cpu', 'cuda', or 'auto': a GPU if there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="'auto', 'float32', 'bfloat16' or 'float16'.")] = "auto",
+    attention: Annotated[str | None, typer.Option(help="The model's attention: 'sdpa', 'eager', 'flash_attention_2'.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model of the hub.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice by default.")] = None,
 ) -> None:
-    """Measures accuracy, time and memory of methods at budgets on SynthVQA.
+    """Measures accuracy, time and memory of methods at budgets on benchmarks.
 
-    Interrupted, it goes on where it was when it is started again.
+    Interrupted, it goes on where it was when it is started again. Several processes share the work:
+    'accelerate launch --num_processes 4 -m vlprune.evals eval ...'.
     """
-    console = Console(highlight=False)
-    out = out or _folder(model)
     settings = _settings(methods, budgets)
-    console.print(f"Loading {model} and drawing {samples} questions.")
-    loaded, processor, instruction = _load(model, device, threads)
-    from vlprune.evals import runner, synthvqa
+    from vlprune.evals import loading, runner
+    from vlprune.evals.processes import Processes
 
-    examples = list(synthvqa.examples("test", samples))
+    chosen = loading.find_all(benchmarks, model)
+    processes = Processes.join(device)
+    console = Console(highlight=False, quiet=not processes.first)
+    out = out or loading.folder(model)
+    _use_threads(threads)
+    console.print(f"Loading {escape(model)} and questions of {escape(', '.join(chosen))}.")
+    loaded = loading.model(model, processes.device, dtype, attention, revision)
+    tasks = loading.tasks(chosen, model, batch_size, limit, max_new_tokens)
     if methods is None:
-        refused = runner.refusals(loaded, processor, examples, settings)
+        refused = runner.refusals(loaded.model, loaded.processor, tasks, settings)
         _print_refusals(console, refused)
         settings = [setting for setting in settings if setting not in refused]
-    _print_plan(console, settings, samples, out, loaded.device)
+    _print_plan(console, settings, tasks, out, processes)
     try:
-        with _progress(console, len(settings) * samples) as progress:
-            rows = runner.run(
-                loaded,
-                processor,
-                examples,
+        with progress.shown(console, len(settings) * sum(len(task.examples) for task in tasks)) as show:
+            runner.run(
+                loaded.model,
+                loaded.processor,
+                tasks,
                 settings,
                 out,
                 batch_size=batch_size,
-                max_new_tokens=8 if model in tinyvlm.NAMES else 16,
-                instruction=instruction,
-                name=tinyvlm.NAMES.get(model, model),
-                command=_command(),
+                name=loaded.name,
+                command=_command(processes.count),
                 restart=restart,
-                progress=progress,
+                retry_errors=retry_errors,
+                processes=processes,
+                progress=show,
             )
     except KeyboardInterrupt:
         _say_what_is_kept(console, out)
         raise typer.Exit(INTERRUPTED) from None
-    _finish(console, rows, out)
+    if processes.first:
+        _finish(console, out, tasks)
+    processes.leave()
 
 
 def _settings(methods: str | None, budgets: str) -> list[written.Setting]:
@@ -136,39 +151,18 @@ def _settings(methods: str | None, budgets: str) -> list[written.Setting]:
     return settings
 
 
-def _folder(model: str) -> Path:
-    """Where results of a model go, those of other models apart from TinyVLM's."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name)
-    return Path("results/eval") if model == TINYVLM else Path(f"results/eval-{name}")
-
-
-def _load(model: str, device: str, threads: int | None) -> tuple[Any, Any, str]:
-    """Model, processor, and what is appended to each question so that answers come out short."""
-    import torch
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
+def _use_threads(threads: int | None) -> None:
     if threads:
+        import torch
+
         torch.set_num_threads(threads)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if model in tinyvlm.NAMES:
-        logging.disable_progress_bar()
-        loaded, processor = tinyvlm.load(model)
-        return loaded.to(device), processor, ""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    from vlprune.evals.runner import SHORT_ANSWER
-
-    try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(model, dtype="auto" if device != "cpu" else torch.float32)
-        return loaded.to(device).eval(), AutoProcessor.from_pretrained(model), SHORT_ANSWER
-    except (OSError, ValueError) as error:
-        raise VLPruneError(f"cannot load {model!r}: {error}") from error
 
 
-def _command() -> str:
-    return shlex.join(["vlprune", *(argument for argument in sys.argv[1:] if argument != "--restart")])
+def _command(processes: int) -> str:
+    """How to go on with the run, or to repeat it elsewhere."""
+    shared = ["accelerate", "launch", "--num_processes", str(processes), "-m", "vlprune.evals"]
+    arguments = (argument for argument in sys.argv[1:] if argument != "--restart")
+    return shlex.join([*(["vlprune"] if processes == 1 else shared), *arguments])
 
 
 def _print_refusals(console: Console, refused: dict[Any, VLPruneError]) -> None:
@@ -180,98 +174,98 @@ def _print_refusals(console: Console, refused: dict[Any, VLPruneError]) -> None:
         console.print("[yellow]" + escape(f"Left out: {', '.join(labels)}: {reason}") + "[/yellow]")
 
 
-def _print_plan(console: Console, settings: list[written.Setting], samples: int, out: Path, device: Any) -> None:
+def _print_plan(
+    console: Console, settings: Sequence[written.Setting], tasks: Sequence[Task], out: Path, processes: Any
+) -> None:
+    samples = sum(len(task.examples) for task in tasks)
+    shared = f", shared by {processes.count} processes" if processes.count > 1 else ""
+    console.print(f"Plan: {len(settings)} settings x {samples} samples on {processes.device}{shared}, into {out}")
     by_method: dict[str, list[str]] = {}
     for setting in settings:
         by_method.setdefault(setting.method, []).append(str(setting.budget))
-    console.print(f"Plan: {len(settings)} settings x {samples} samples on {device}, into {out}")
-    width = max(map(len, by_method))
+    width = max(map(len, [*by_method, *(task.key for task in tasks)]))
+    for task in tasks:
+        batches = f"{len(task.examples)} samples in {len(task.batches)} batches, {task.max_new_tokens} new tokens at most"
+        console.print(f"  {escape(f'{task.key:<{width}}  {task.benchmark.version}: {batches}')}")
     for method, budgets in by_method.items():
         console.print(f"  {escape(f'{method:<{width}}')}  {', '.join(budgets)}")
 
 
 def _say_what_is_kept(console: Console, out: Path) -> None:
-    from vlprune.evals.runner import ROWS, read_rows
+    from vlprune.evals.journal import raw_rows
 
-    kept = len(read_rows(out)) if (out / ROWS).exists() else 0
-    console.print(f"\nInterrupted: {kept} rows are kept in {out / ROWS}. The same command goes on from there.")
+    console.print(f"\nInterrupted: {len(list(raw_rows(out)))} rows are kept in {out}. The same command goes on from there.")
 
 
-def _finish(console: Console, rows: list[Any], out: Path) -> None:
-    from vlprune.evals import plot, report, runner
+def _finish(console: Console, out: Path, tasks: Sequence[Task]) -> None:
+    from vlprune.evals.report import Run
 
-    manifest = runner.read_manifest(out)
-    summaries = report.summarise(rows)
-    hardware = manifest["hardware"]["device"]
-    paths = report.write(summaries, manifest, out)
-    model, data = manifest["model"], manifest["data"]
-    subtitle = f"{model['name']} on {data['name']}, {data['samples']} samples, bands: 95 % intervals"
-    picture = plot.draw(summaries, out, subtitle)
+    run = Run.read(out)
     console.print()
-    report.print_table(summaries, console)
-    console.print(f"Measured on {hardware}.")
-    _print_errors(console, rows)
-    _print_staleness(console, manifest)
-    for path in (out / runner.ROWS, *paths, picture):
+    _show(console, run, {task.key: {example.id: example for example in task.examples} for task in tasks}, CHANGES)
+    console.print(f"Measured on {run.manifest['hardware']['device']}.")
+    _print_staleness(console, run)
+
+
+def _print_staleness(console: Console, run: Run) -> None:
+    from vlprune.evals.provenance import git_commit
+
+    commit = run.manifest["commit"]
+    if commit and commit != git_commit():
+        console.print(f"[yellow]Rows were begun at commit {commit}; --restart measures afresh.[/yellow]")
+
+
+# ------------------------------------------------------------------ report
+
+
+@app.command("report")
+@clear_errors
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of runs, as 'vlprune eval --out' made them.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for what several runs have in common: one table and one picture of all.")
+    ] = Path("results/report"),
+    changes: Annotated[
+        int, typer.Option(min=0, help="Samples of each benchmark on the page of changed answers; 0: no page.")
+    ] = CHANGES,
+) -> None:
+    """Makes tables, pictures and the page of changed answers from the rows of runs, also of one that is not yet complete.
+
+    They are written into the folder of each run; of several runs there is one more table (markdown and CSV) and picture.
+    """
+    from vlprune.evals import outputs
+    from vlprune.evals.report import Run
+
+    console = Console(highlight=False)
+    runs = [Run.read(folder) for folder in folders]
+    for run in runs:
+        console.print(f"[bold]{escape(run.model)}[/bold] in {escape(str(run.out))}")
+        _show(console, run, None, changes)
+    if len(runs) > 1:
+        for path in outputs.write_together(runs, out):
+            console.print(f"  {path}")
+
+
+def _show(console: Console, run: Run, examples: Mapping[str, Mapping[str, Any]] | None, changes: int) -> None:
+    """Prints the tables of a run and writes its files."""
+    from vlprune.evals import outputs, tables
+
+    summaries = run.summaries()
+    for name, found in summaries.items():
+        if len(summaries) > 1:
+            console.print(f"[bold]{escape(name)}[/bold]")
+        tables.print_table(found, console)
+    tables.print_overview(summaries, console)
+    _print_errors(console, run)
+    for path in outputs.write(run, summaries, examples, changes):
         console.print(f"  {path}")
 
 
-def _print_errors(console: Console, rows: list[Any]) -> None:
-    failed = [row for row in rows if row["error"]]
+def _print_errors(console: Console, run: Run) -> None:
+    failed = [row for rows in run.rows.values() for row in rows if row["error"]]
     if failed:
         first = f"{failed[0]['method']} {failed[0]['budget']}, {failed[0]['id']}: {failed[0]['error']}"
         console.print(f"[red]{len(failed)} samples failed and count as wrong; the first: {escape(first)}[/red]")
-
-
-def _print_staleness(console: Console, manifest: dict[str, Any]) -> None:
-    from vlprune.evals.runner import git_commit
-
-    if manifest["commit"] and manifest["commit"] != git_commit():
-        console.print(f"[yellow]Rows were begun at commit {manifest['commit']}; --restart measures afresh.[/yellow]")
-
-
-# ------------------------------------------------------------------ progress
-
-
-@contextmanager
-def _progress(console: Console, total: int) -> Iterator[Callable[[Any], None]]:
-    """A bar with the remaining time, or a plain line every so often where no terminal would show it."""
-    if not console.is_terminal:
-        yield PlainProgress(console)
-        return
-    columns = (
-        bars.TextColumn("{task.description:<14}"),
-        bars.BarColumn(),
-        bars.MofNCompleteColumn(),
-        bars.TimeElapsedColumn(),
-        bars.TextColumn("left"),
-        bars.TimeRemainingColumn(),
-    )
-    with bars.Progress(*columns, console=console) as bar:
-        task = bar.add_task("starting", total=total)
-        yield lambda state: bar.update(task, completed=state.done, description=escape(state.setting.label))
-
-
-class PlainProgress:
-    """Prints a line every :data:`PLAIN_INTERVAL` seconds and at the end."""
-
-    def __init__(self, console: Console):
-        self.console = console
-        self.started = self.said = time.monotonic()
-
-    def __call__(self, state: Any) -> None:
-        now = time.monotonic()
-        if now - self.said < PLAIN_INTERVAL and state.done < state.total:
-            return
-        self.said = now
-        left = (state.total - state.done) * (now - self.started) / max(1, state.done - state.resumed)
-        self.console.print(
-            f"{state.done}/{state.total} samples, {escape(state.setting.label)}, about {_minutes(left)} left", highlight=False
-        )
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
 
 
 # ------------------------------------------------------------------ methods, models

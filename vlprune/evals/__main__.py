@@ -1,0 +1,6 @@
+"""``accelerate launch -m vlprune.evals eval ...`` shares an evaluation among processes; else it is the same as ``vlprune``."""
+
+from vlprune.evals.commands import app
+
+if __name__ == "__main__":
+    app(prog_name="python -m vlprune.evals")
