@@ -140,7 +140,7 @@ class Forward:
         if rows is not None:
             for name in [n for n in kwargs if n.startswith("position_embeddings") and kwargs[n] is not None]:
                 tables = kwargs[name]
-                changed[name] = self.once((name, kind), lambda tables=tables: tuple(take_tables(t, rows) for t in tables))
+                changed[name] = self.once((name, kind), lambda tables=tables: take_tables(tables, rows))
             ids = changed.get("position_ids")
             if ids is not None:
                 changed["position_ids"] = self.once(("ids", kind), lambda: take(ids, rows, 1))

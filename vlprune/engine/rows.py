@@ -6,10 +6,13 @@ decoder layers speak of them. *Physical* rows are the tokens still alive inside 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from vlprune.errors import IncompatibleCacheError
+from vlprune.kernels import gather_rows
 
 FILLER = -1
 """Marks a physical row that stands for no token: shorter samples of a batch have some on the left."""
@@ -30,14 +33,7 @@ def take(tensor: Tensor, rows: Tensor, dim: int) -> Tensor:
 
     Filler rows yield row 0; they are never attended to.
     """
-    index = rows.clamp(min=0).to(tensor.device)
-    if tensor.shape[0] != index.shape[0]:
-        tensor = tensor.expand(index.shape[0], *tensor.shape[1:])
-    shape = [1] * tensor.ndim
-    shape[0], shape[dim] = index.shape
-    sizes = list(tensor.shape)
-    sizes[dim] = index.shape[1]
-    return tensor.gather(dim, index.view(shape).expand(sizes))
+    return gather_rows([tensor.movedim(dim, 1)], rows.to(tensor.device))[0].movedim(1, dim)
 
 
 class Take:
@@ -50,9 +46,11 @@ class Take:
         return take(tensor, self.rows, 1)
 
 
-def take_tables(tables: Tensor, rows: Tensor) -> Tensor:
-    """Gathers rows of a rotary table ``(..., B, L, head_dim)``; M-RoPE may have a dimension in front of the batch."""
-    return take(tables.movedim(-3, 0), rows, tables.ndim - 2).movedim(0, -3)
+def take_tables(tables: Sequence[Tensor], rows: Tensor) -> tuple[Tensor, ...]:
+    """Gathers rows of rotary tables ``(..., B, L, head_dim)``; M-RoPE may have a dimension in front of the batch."""
+    rows = rows.to(tables[0].device)
+    taken = gather_rows([table.movedim((-3, -2), (0, 1)) for table in tables], rows)
+    return tuple(table.movedim((0, 1), (-3, -2)) for table in taken)
 
 
 def put(tensor: Tensor, rows: Tensor, length: int) -> Tensor:
