@@ -105,9 +105,9 @@ def test_the_reference_reduces_heads_a_few_rows_at_a_time(monkeypatch, held):
 @pytest.mark.parametrize("width", [136, 256])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_wide_heads(backend, width):
-    """Their tiles hold fewer keys, and every key is written all the same."""
-    query, key = inputs(1, 1, 2, queries=3, keys=100, width=width)
-    rows = torch.tensor([[2, -1, 0]], device=DEVICE)
+    """Their tiles are smaller, and every row and key is written all the same."""
+    query, key = inputs(1, 1, 5, queries=3, keys=100, width=width)
+    rows = torch.tensor([[2, -1, 0, 1, 1, 0, 2]], device=DEVICE)
     wanted = chosen(attention_map(query, key, causal_shift=97), rows)
     with using(backend):
         close(attention_rows(query, key, rows, causal_shift=97), wanted)

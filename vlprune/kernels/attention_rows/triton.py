@@ -21,9 +21,9 @@ from vlprune.kernels.attention_tiles import load, scores
 WIDEST_GROUP = 64
 """Heads that share a key, at most."""
 TILE = 64
-"""Queries in a tile, at most."""
-KEYS = 64
-"""Keys in a tile, half of them where heads are large."""
+"""Queries in a tile, at most, and keys."""
+LARGE = 512
+"""Bytes of a head beyond which tiles are half as high and as wide, so that they fit into any GPU's shared memory."""
 PROGRAMS = 512
 """As many should run at a time; the keys are divided until they do."""
 PARTS = 32
@@ -267,9 +267,9 @@ def attention_rows(
         return out.zero_()
     query, key, rows = tiles.dense(query), tiles.dense(key), rows.contiguous()
     group = heads // groups
-    sizes = _sizes(group, count)
+    keys = TILE if width * query.element_size() <= LARGE else TILE // 2
+    sizes = _sizes(group, count, keys)
     blocks = triton.cdiv(count, sizes["ROWS"])
-    keys = KEYS if width * query.element_size() <= 512 else KEYS // 2
     parts, span = _division(length, batch * groups * blocks, keys)
     tops, totals = query.new_empty(2, batch, heads, count, parts, dtype=torch.float32)
     first, second = tiles.pieces(width)
@@ -314,10 +314,10 @@ def attention_rows(
     return out
 
 
-def _sizes(group: int, count: int) -> dict[str, int]:
-    """Of a tile: ``GROUP`` heads and ``ROWS`` rows."""
+def _sizes(group: int, count: int, most: int) -> dict[str, int]:
+    """Of a tile: ``GROUP`` heads and ``ROWS`` rows, ``most`` together unless the heads alone are more."""
     heads = triton.next_power_of_2(group)
-    wanted = min(max(triton.next_power_of_2(count) * heads, tiles.NARROWEST), TILE)
+    wanted = min(max(triton.next_power_of_2(count) * heads, tiles.NARROWEST), most)
     return {"GROUP": heads, "ROWS": max(1, wanted // heads)}
 
 
