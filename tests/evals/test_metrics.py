@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vlprune.evals import metrics
-from vlprune.evals.metrics import METRIC_OF_KIND, POPE_F1, RELAXED_ACCURACY, estimate, normalise_vqa
+from vlprune.evals.metrics import MEAN, METRIC_OF_KIND, POPE_F1, POPE_F1_STRICT, RELAXED_ACCURACY, estimate, normalise_vqa
 
 # ------------------------------------------------------------------ VQA accuracy
 
@@ -16,48 +16,6 @@ from vlprune.evals.metrics import METRIC_OF_KIND, POPE_F1, RELAXED_ACCURACY, est
 def test_vqa_accuracy_leaves_each_person_out_once(agreeing: int, score: float, convention):
     answers = ["cat"] * agreeing + [f"dog{i}" for i in range(10 - agreeing)]
     assert metrics.vqa_accuracy("cat", answers, convention) == pytest.approx(score)
-
-
-@pytest.mark.parametrize(
-    ("raw", "normal"),
-    [
-        ("The Cat\n", "cat"),
-        ("two dogs", "2 dogs"),
-        ("none", "0"),
-        ("dont", "don't"),
-        ("couldntve", "couldntve"),
-        ("couldn'tve", "couldn't've"),
-        ("somebody'd", "somebodyd"),
-        ("Ive", "ive"),
-        ("john's", "john 's"),
-        ("1,000", "1000"),
-        ("e-mail", "e mail"),
-        ("stop - now", "stop now"),
-        ("a-b 1 - 2", "ab 1 2"),
-        ("3.", "3"),
-        ("3.5", "3.5"),
-        ("u.s.a", "usa"),
-        ("." * 40 + "x", "." * 8 + "x"),
-        ("what?", "what"),
-        ("a/c", "c"),
-    ],
-)
-def test_normalisation(raw: str, normal: str):
-    assert normalise_vqa(raw) == normal
-
-
-@pytest.mark.parametrize(
-    ("raw", "normal"),
-    [
-        ("john's", "john's"),
-        ("1,000", "1000"),
-        ("red,green", "red green"),
-        ("red, green", "red green"),
-        ("5-6 1,000", "56 1000"),
-    ],
-)
-def test_official_normalisation_does_not_split_words(raw: str, normal: str):
-    assert normalise_vqa(raw, "official") == normal
 
 
 def test_comma_without_space_separates_words_only_officially():
@@ -93,10 +51,18 @@ def test_equal_answers_are_compared_raw_officially():
         ("b", ["abcd", "b"], 1.0),
         ("ab   d", ["ab c"], 1 - 1 / 6),
         ("ss", ["ß"], 0.0),
+        ("abcdef", ["abcxyz"], 0.5),
+        ("abcde", ["abxyz"], 0.0),
     ],
 )
 def test_anls(prediction: str, answers: list[str], score: float):
     assert metrics.anls(prediction, answers) == pytest.approx(score)
+
+
+def test_anls_by_lengths_of_folded_texts():
+    """One of four characters differs; the raw prediction has six."""
+    assert metrics.anls("ab   d", ["ab c"]) == pytest.approx(5 / 6)
+    assert metrics.anls("ab   d", ["ab c"], folded_lengths=True) == pytest.approx(3 / 4)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +92,16 @@ def test_edit_distance(first: str, second: str, distance: int):
         ("Red", "red", True),
         ("red ", "red", False),
         ("red", "5", False),
+        ("5%", "5", False),
+        ("0.05", "5%", True),
+        ("5%", "5 %", True),
+        ("1,234", "1,235", False),
+        ("-0", "0", False),
+        ("0%", "0", False),
+        ("1e2", "100", True),
+        ("$100", "100", False),
+        ("2020.0", "2020", True),
+        ("94.9", "100", False),
     ],
 )
 def test_relaxed_accuracy(prediction: str, answer: str, right: bool):
@@ -195,6 +171,110 @@ def test_a_sample_without_prediction_is_wrong():
     assert POPE_F1.contributions([None, None], [("yes",), ("no",)]).tolist() == [[0, 0, 1, 0], [0, 1, 0, 0]]
 
 
+# ------------------------------------------------------------------ POPE as lmms-eval reads it, MME
+
+
+def test_strict_f1_leaves_other_answers_out():
+    """By lmms-eval's formula: one true positive, one false positive; "Yes." is neither, so nothing was missed."""
+    predictions, labels = ["yes", "Yes.", " YES ", "maybe"], [("yes",), ("yes",), ("no",), ("no",)]
+    counts = POPE_F1_STRICT.contributions(predictions, labels)
+    assert counts.tolist() == [[1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
+    assert float(POPE_F1_STRICT.aggregate(counts.sum(0), 4)) == pytest.approx(2 / 3)
+    assert [POPE_F1_STRICT.sample(p, a) for p, a in zip(predictions, labels, strict=True)] == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("Yes", "yes"),
+        ("no.", "no"),
+        (" Y ", "yes"),
+        ("n.", "no"),
+        ("x", "other"),
+        ("", "other"),
+        ("Yes, it is", "yes"),
+        ("Nothing", "no"),
+        ("not", "no"),
+        ("I know", "other"),
+        ("a no", "no"),
+        ("oh yes", "other"),
+        ("yesno", "yes"),
+        ("There is", "other"),
+    ],
+)
+def test_mme_parsing(text: str, answer: str):
+    """Computed by lmms-eval's parse_pred_ans."""
+    assert metrics.mme_answer(text) == answer
+
+
+def test_mme_points_of_pairs():
+    """Both right: 100 and 100 more; one: 50; none: 0."""
+    assert metrics.mme_pairs(np.array([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0]])).tolist() == [[200], [50], [0]]
+
+
+# ------------------------------------------------------------------ options
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("A", "A"),
+        ("B.", "B"),
+        ("(C)", "C"),
+        ("(C).", "C"),
+        ("D) dog", "D"),
+        ("E:", "E"),
+        ("Answer :B", "B"),
+        ("The answer is B", "B"),
+        ("A cat", "A"),
+        ("It is a A", None),
+        ("A man rides a horse", None),
+        ("A. man rides a horse", "A"),
+        ("A man chose B.", "B"),
+        ("A or B", None),
+        ("A. or B", "B"),
+        ("b", None),
+        ("", None),
+        ("F", None),
+        ("[B]", None),
+    ],
+)
+def test_mmbench_option(text: str, letter: str | None):
+    """Computed by can_infer_option of lmms-eval's MMBench_Evaluator."""
+    assert metrics.infer_option(text) == letter
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"), [("The CAT.", "A"), ("a dog", "B"), ("cat and dog", None), ("bird", None), ("cats", "A"), ("", None)]
+)
+def test_mmbench_text(text: str, letter: str | None):
+    assert metrics.infer_text(text, {"A": "cat", "B": "Dog"}) == letter
+
+
+@pytest.mark.parametrize(
+    ("text", "plain", "llava"),
+    [
+        ("B", "B", "B"),
+        ("b", "B", None),
+        ("B.", "B", None),
+        ("B. rock", "B", "B"),
+        ("B.rock", "B", None),
+        ("b. rock", None, None),
+        ("E. rock", "E", None),
+        ("The answer is B.", None, "B"),
+        ("The answer is B. The answer is A.", None, None),
+        ("The answer is F.", None, None),
+        (" B ", "B", None),
+        ("rock", None, None),
+        ("", None, None),
+    ],
+)
+def test_letter_of_scienceqa(text: str, plain: str | None, llava: str | None):
+    """Worked out by hand from lmms-eval's and LLaVA's scripts, for a question with three options."""
+    assert metrics.bare_letter(text) == plain
+    assert metrics.scienceqa_letter(text, 3) == llava
+
+
 # ------------------------------------------------------------------ intervals
 
 
@@ -222,3 +302,11 @@ def test_mean_over_groups_weighs_groups_equally():
     right, wrong = np.ones((10, 1)), np.zeros((90, 1))
     got = estimate([(RELAXED_ACCURACY, right), (RELAXED_ACCURACY, wrong)])
     assert (got.value, got.low, got.high) == (0.5, 0.5, 0.5)
+
+
+def test_sum_over_groups():
+    """Of MME: points of two categories, one of which cannot vary; the other does by 1.96 * 100 / sqrt(400)."""
+    points = [np.full((30, 1), 150.0), np.tile([[0.0], [200.0]], (200, 1))]
+    got = estimate([(MEAN, one) for one in points], over_groups=np.sum)
+    assert got.value == 250
+    assert (got.low, got.high) == pytest.approx((250 - 9.8, 250 + 9.8), abs=1)
