@@ -29,7 +29,8 @@ PROGRAMS = 512
 VECTOR = 16
 """Bytes that a thread reads or writes at once, if all addresses are multiples of it."""
 NUMBERS = ("source", "target", "samples", "heads", "rows", "width")
-"""What describes a store: two addresses, three strides and the width of an entry, the last four in elements."""
+"""What describes a store: two addresses, three strides and the width of an entry. The last four are counted in the elements
+that a thread reads at once, so that the compiler knows what they are multiples of."""
 
 
 def supports(stores: Sequence[Tensor], rows: Tensor) -> bool:
@@ -101,10 +102,10 @@ def _compact_cache(
     """A program copies ``WIDTH`` elements of ``ROWS`` entries. ``length`` counts the survivors."""
     pair, block, number = tl.program_id(0), tl.program_id(1) // PIECES, tl.program_id(2)
     sample, head, rows = _place(rows, pair, number, first, per, kv_heads, rows_groups, rows_samples, rows_heads)
-    samples = tl.multiple_of(_number(table, number, 2, samples_0, samples_1, TABLE), VECTOR)
-    heads = tl.multiple_of(_number(table, number, 3, heads_0, heads_1, TABLE), VECTOR)
-    stride = tl.multiple_of(_number(table, number, 4, rows_0, rows_1, TABLE), VECTOR)
-    width = tl.multiple_of(_number(table, number, 5, width_0, width_1, TABLE), VECTOR)
+    samples = _number(table, number, 2, samples_0, samples_1, TABLE) * VECTOR
+    heads = _number(table, number, 3, heads_0, heads_1, TABLE) * VECTOR
+    stride = _number(table, number, 4, rows_0, rows_1, TABLE) * VECTOR
+    width = _number(table, number, 5, width_0, width_1, TABLE) * VECTOR
     source = tl.multiple_of(_number(table, number, 0, source_0, source_1, TABLE).to(like.dtype), ALIGN)
     target = tl.multiple_of(_number(table, number, 1, target_0, target_1, TABLE).to(like.dtype), ALIGN)
     source += sample * samples + head * heads
@@ -189,10 +190,10 @@ def _compact_cache_in_place(
     """A program moves ``WIDTH`` elements of all entries of a head. ``length`` counts the survivors, ``size`` the slots."""
     pair, piece, number = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sample, head, rows = _place(rows, pair, number, first, per, kv_heads, rows_groups, rows_samples, rows_heads)
-    samples = tl.multiple_of(_number(table, number, 2, samples_0, samples_1, TABLE), VECTOR)
-    heads = tl.multiple_of(_number(table, number, 3, heads_0, heads_1, TABLE), VECTOR)
-    stride = tl.multiple_of(_number(table, number, 4, rows_0, rows_1, TABLE), VECTOR)
-    width = tl.multiple_of(_number(table, number, 5, width_0, width_1, TABLE), VECTOR)
+    samples = _number(table, number, 2, samples_0, samples_1, TABLE) * VECTOR
+    heads = _number(table, number, 3, heads_0, heads_1, TABLE) * VECTOR
+    stride = _number(table, number, 4, rows_0, rows_1, TABLE) * VECTOR
+    width = _number(table, number, 5, width_0, width_1, TABLE) * VECTOR
     store = tl.multiple_of(_number(table, number, 1, target_0, target_1, TABLE).to(like.dtype), ALIGN)
     store += sample * samples + head * heads
     within = piece * WIDTH + tl.arange(0, WIDTH)
@@ -257,8 +258,9 @@ Described = tuple[int, ...]
 
 def _launches(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> Iterator[tuple[list[Described], int]]:
     """Descriptions of the stores of a launch, and the number of the first of them."""
+    vector = _vector(sources, targets)
     described = [
-        (source.data_ptr(), target.data_ptr(), *source.stride()[:3], source.shape[3])
+        (source.data_ptr(), target.data_ptr(), *(number // vector for number in (*source.stride()[:3], source.shape[3])))
         for source, target in zip(sources, targets, strict=True)
     ]
     # A graph would remember where on the host a table came from, not the table.
@@ -276,8 +278,7 @@ def _arguments(
     table = None if len(described) <= 2 else _on_device(described, rows.device)
     pair = [(0,) * len(NUMBERS)] * 2 if table is not None else [described[0], described[-1]]
     numbers = {f"{name}_{k}": number for k in range(2) for name, number in zip(NUMBERS, pair[k], strict=True)}
-    aligned = all(_aligned(tensor) for tensor in (*sources, *targets))
-    size = sources[0].element_size()
+    vector = _vector(sources, targets)
     return numbers | {
         "rows": rows,
         "like": sources[0],
@@ -290,8 +291,8 @@ def _arguments(
         "rows_samples": rows.stride(1),
         "rows_heads": rows.stride(2) if rows.shape[2] > 1 else 0,
         "TABLE": table is not None,
-        "ALIGN": VECTOR if aligned else size,
-        "VECTOR": VECTOR // size if aligned else 1,
+        "ALIGN": vector * sources[0].element_size(),
+        "VECTOR": vector,
     }
 
 
@@ -299,6 +300,11 @@ def _on_device(described: list[Described], device: torch.device) -> Tensor:
     """The table; nothing waits for it to arrive."""
     table = torch.tensor(described, dtype=torch.int64)
     return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
+
+
+def _vector(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> int:
+    """Elements that a thread reads or writes at once."""
+    return VECTOR // sources[0].element_size() if all(_aligned(tensor) for tensor in (*sources, *targets)) else 1
 
 
 def _aligned(tensor: Tensor) -> bool:
