@@ -9,10 +9,12 @@ from vlprune.bench.journal import Row
 from vlprune.errors import VLPruneError
 
 IMAGES = "images/speed"
+BEGIN, END = "<!-- measured:speed -->", "<!-- end of measured:speed -->"
 
 
 def publish(folder: Path, docs: Path) -> list[Path]:
-    """Writes ``results/speed.md``, ``results/speed-kernels.md`` and pictures in ``docs`` from all CSV files in ``folder``."""
+    """From all CSV files in ``folder``: ``results/speed.md``, ``results/speed-kernels.md`` and pictures in ``docs``, and the
+    tables between the marks of ``speed.md``."""
     models, kernels = _rows(folder)
     if not models and not kernels:
         raise VLPruneError(f"{folder} holds no rows of vlprune bench")
@@ -24,7 +26,20 @@ def publish(folder: Path, docs: Path) -> list[Path]:
         page = docs / "results" / "speed-kernels.md"
         page.write_text(report.kernel_page(kernels), encoding="utf-8")
         written.append(page)
-    return written
+    return written + _filled(docs / "speed.md", models, kernels)
+
+
+def _filled(page: Path, models: list[Row], kernels: list[Row]) -> list[Path]:
+    """Puts the tables between the marks of ``page``, if there is such a page."""
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    before, mark, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not mark or not end:
+        return []
+    found = [report.overview(models)] if models else []
+    found += [report.kernel_overview(kernels)] if kernels else []
+    page.write_text("\n".join([before + mark, *found, end + after]), encoding="utf-8")
+    return [page]
 
 
 def _models(rows: list[Row], docs: Path) -> list[Path]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Column = tuple[str, Callable[[Row], str]]
+TYPICAL = "llava-next"
 NOTHING = "–"
 """Stands for what was not measured."""
 
@@ -264,15 +265,40 @@ def _only_table(group: Sequence[Row], columns: Sequence[Column]) -> str:
     )
 
 
+def overview(rows: Sequence[Row]) -> str:
+    """The speed of every group, for a page that tells more."""
+    parts = []
+    for title, group in grouped(rows).items():
+        table = markdown(
+            group, _settings_columns() + _speed_columns() + [("same cache", _between("decode_overhead", 1, 100, " %"))]
+        )
+        parts.append(f"**{title}**\n\n{provenance(group)}\n\n{table}\n")
+    return "\n".join([*parts, "Parts, memory and pictures: [models](results/speed.md).\n"])
+
+
 def kernel_page(rows: Sequence[Row]) -> str:
     parts = ["# Measured: speed of kernels\n\nHow it is measured: [speed](../speed.md)."]
-    by_device: dict[str, dict[Any, Row]] = {}
-    for row in rows:
-        by_device.setdefault(f"{row['device']}, {row['dtype']}", {})[kernel_rows.keys(row)] = row
-    for title, group in by_device.items():
-        listed = list(group.values())
-        parts.append(f"## {title}\n\n{provenance(listed)}\n\n{markdown(listed, kernel_columns())}")
+    parts += [f"## {title}\n\n{provenance(group)}\n\n{markdown(group, kernel_columns())}" for title, group in _by_device(rows)]
     return "\n\n".join([*parts, KERNEL_LEGEND]) + "\n"
+
+
+def kernel_overview(rows: Sequence[Row]) -> str:
+    """The shape of LLaVA-NeXT, or the first that there is."""
+    parts = []
+    for title, group in _by_device(rows):
+        shapes = [row["shape"] for row in group]
+        shape = TYPICAL if TYPICAL in shapes else shapes[0]
+        table = markdown([row for row in group if row["shape"] == shape], kernel_columns())
+        parts.append(f"**Operations, {title}**\n\n{provenance(group)}\n\n{table}\n")
+    return "\n".join([*parts, "All shapes: [kernels](results/speed-kernels.md).\n"])
+
+
+def _by_device(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """Rows of kernels by machine and dtype; of those that were measured again, the last."""
+    found: dict[str, dict[Any, Row]] = {}
+    for row in rows:
+        found.setdefault(f"{row['device']}, {row['dtype']}", {})[kernel_rows.keys(row)] = row
+    return [(title, list(group.values())) for title, group in found.items()]
 
 
 def provenance(rows: Sequence[Row]) -> str:

@@ -16,6 +16,7 @@ import torch
 import vlprune
 from vlprune.bench import floor
 from vlprune.bench.floor import Schedule
+from vlprune.bench.timing import settled
 from vlprune.bench.workload import Sample, Workload
 from vlprune.evals.settings import UNPRUNED, Setting
 
@@ -51,7 +52,6 @@ class Measured:
     decodes: dict[int, list[list[float]]] = field(default_factory=dict)
     errors: dict[Variant, str] = field(default_factory=dict)
     preprocess: list[float] = field(default_factory=list)
-    rounds: int = 0
 
 
 def variants(settings: Sequence[Setting]) -> list[Variant]:
@@ -76,19 +76,19 @@ def measure(
     A variant that fails is left out from then on, and its error is kept.
     """
     found = Measured()
-    for variant in wanted:
-        progress(f"warming up {variant.label}")
-        _try(found, variant, partial(_warm_up, workload, found, variant, warmup))
-    found.preprocess = workload.preprocess_seconds()
-    turns = _turns(workload, found)
-    start = time.monotonic()
-    for index in range(rounds):
-        if seconds is not None and index >= LEAST and time.monotonic() - start > seconds:
-            break
-        progress(f"round {index + 1} of {rounds}")
-        for turn in in_turn(turns, index):
-            turn()
-        found.rounds = index + 1
+    with settled():
+        for variant in wanted:
+            progress(f"warming up {variant.label}")
+            _try(found, variant, partial(_warm_up, workload, found, variant, warmup))
+        found.preprocess = workload.preprocess_seconds()
+        turns = _turns(workload, found)
+        start = time.monotonic()
+        for index in range(rounds):
+            if seconds is not None and index >= LEAST and time.monotonic() - start > seconds:
+                break
+            progress(f"round {index + 1} of {rounds}")
+            for turn in in_turn(turns, index):
+                turn()
     return found
 
 

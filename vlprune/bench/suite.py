@@ -45,8 +45,8 @@ def plan(device: torch.device, smoke: bool = False) -> Suite:
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     if smoke:
-        tiny = jobs.Plan(variants_of(FEW), batches=(1, 2), rounds=3, steps=2, words=16)
-        return Suite(device, dtype, [kernels.SHAPES["tiny"]], 3, on_gpu, None, [(size_of("llava-next-tiny"), tiny)])
+        tiny = jobs.Plan(variants_of(FEW), batches=(1, 2), rounds=2, steps=2, words=16)
+        return Suite(device, dtype, [kernels.SHAPES["tiny"]], 2, on_gpu, None, [(size_of("llava-next-tiny"), tiny)])
     if not on_gpu:
         shapes = [kernels.SHAPES[name] for name in kernels.ON_CPU]
         every = jobs.Plan(variants_of(methods()), rounds=15, minutes=11)

@@ -111,6 +111,17 @@ def beyond(intervals: list[Interval], others: list[Interval]) -> float:
 
 
 @contextmanager
+def settled() -> Iterator[None]:
+    """Inside the block collecting garbage does not look at what was there before: a library's objects take long to see."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@contextmanager
 def quiet(device: torch.device) -> Iterator[None]:
     """Inside the block Python collects no garbage; the device has nothing left to do when it begins."""
     gc.collect()
