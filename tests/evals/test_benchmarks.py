@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, Image, List, Value, load_dataset_builder
 from PIL import Image as Pictures
 
 from vlprune.errors import OptionError
@@ -366,6 +368,21 @@ def test_missing_split_names_those_that_are_there(tmp_path: Path, limit: int | N
 def test_no_such_folder(tmp_path: Path):
     with pytest.raises(DataError, match="no such file or folder"):
         benchmarks.find("pope", path=str(tmp_path / "nowhere")).examples()
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_the_offline_cache_is_used_under_the_older_name(tmp_path: Path, limit: int | None):
+    """What was downloaded once, as lmms-lab/textvqa, is found without the hub."""
+    write(tmp_path / "textvqa", *ROWS["textvqa"], "validation")
+    prepared = load_dataset_builder(str(tmp_path / "textvqa"))
+    prepared.download_and_prepare()
+    cached = Path(datasets.config.HF_DATASETS_CACHE) / "lmms-lab___textvqa" / "default" / "0.0.0" / ("0" * 40)
+    shutil.copytree(prepared.cache_dir, cached)
+    info = json.loads((cached / "dataset_info.json").read_text())
+    (cached / "dataset_info.json").write_text(json.dumps(info | {"config_name": "default"}))
+    benchmark = benchmarks.find("textvqa")
+    assert len(benchmark.examples(limit)) == (limit or 3)
+    assert benchmark.version == f"lmms-lab/textvqa@{'0' * 40}, validation"
 
 
 def test_without_the_hub_both_names_were_tried():
