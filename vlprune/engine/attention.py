@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlprune.kernels import attention_columns, attention_rows
+
 BLOCK = 256
-"""Queries whose attention is held at a time."""
+"""Queries whose attention is held at a time, and up to which rows are summed rather than columns."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,61 +123,77 @@ def _leave(module: nn.Module, watcher: Watcher, entry: _Entry) -> None:
 
 
 def rows(call: Call, queries: Tensor) -> Tensor:
-    """Softmax attention ``(B, heads, R, k)`` float32 of the queries at ``queries (B, R)``; rows of negative ones are zero.
-
-    Grouped keys are not repeated, and nothing larger than the result is built.
-    """
-    index = queries.clamp(min=0)
-    batch, heads, _, width = call.query.shape
-    query = call.query.gather(2, index[:, None, :, None].expand(batch, heads, -1, width)).float() * call.scaling
-    groups = call.key.shape[1]
-    grouped = query.view(batch, groups, heads // groups, -1, width)
-    # In place from here on: one tensor of the result's size is all that is needed.
-    scores = torch.einsum("bgirc,bgkc->bgirk", grouped, call.key.float()).flatten(1, 2)
-    softcap = call.options.get("softcap")
-    if softcap is not None:
-        scores.div_(softcap).tanh_().mul_(softcap)
-    _mask(scores, call, index)
-    scores.sub_(scores.amax(-1, keepdim=True)).exp_()
-    scores.div_(scores.sum(-1, keepdim=True))
-    return scores.masked_fill_((queries < 0)[:, None, :, None], 0.0)
+    """Softmax attention ``(B, heads, R, k)`` float32 of the queries at ``queries (B, R)``; rows of negative ones are zero."""
+    causal_shift, valid, mask = _seen(call)
+    query = call.query
+    if call.mask is not None and not torch.is_tensor(call.mask):
+        # A block mask of flex attention tells about single pairs: those of the chosen queries are asked for.
+        mask, query = _pairs(call, queries), _chosen(call.query, queries)
+        queries = torch.where(queries < 0, queries, torch.arange(queries.shape[1], device=queries.device))
+    return attention_rows(
+        query,
+        call.key,
+        queries,
+        scaling=call.scaling,
+        causal_shift=causal_shift,
+        valid=valid,
+        mask=mask,
+        softcap=call.options.get("softcap"),
+    )
 
 
 def received(call: Call, queries: Tensor) -> Tensor:
     """Attention ``(B, heads, k)`` float32 that each key receives, averaged over the queries at ``queries (B, R)``.
 
-    Negative queries do not count. Works on blocks of queries, so memory is linear in the number of keys.
+    Negative queries do not count. Memory is linear in the number of keys.
     """
-    total = call.key.new_zeros(call.query.shape[0], call.query.shape[1], call.key.shape[2], dtype=torch.float32)
-    for block in queries.split(BLOCK, dim=1):
-        total += rows(call, block).sum(2)
-    return total / (queries >= 0).sum(1).clamp(min=1)[:, None, None]
+    real = queries >= 0
+    count = real.sum(1).clamp(min=1)[:, None]
+    causal_shift, valid, mask = _seen(call)
+    if queries.shape[1] <= BLOCK or mask is not None or not (call.mask is None or torch.is_tensor(call.mask)):
+        total = sum(rows(call, block).sum(2) for block in queries.split(BLOCK, dim=1))
+        return total / count[..., None]
+    length = call.query.shape[2]
+    weights = torch.zeros(queries.shape[0], length + 1, device=queries.device)
+    weights = weights.scatter_add(1, torch.where(real, queries, length), (real / count).float())[:, :length]
+    return attention_columns(
+        call.query,
+        call.key,
+        weights,
+        scaling=call.scaling,
+        causal_shift=causal_shift,
+        valid=valid,
+        softcap=call.options.get("softcap"),
+    )
 
 
-def _mask(scores: Tensor, call: Call, index: Tensor) -> None:
-    """Sets ``scores (B, heads, R, k)`` of what the queries at ``index`` may not see to minus infinity."""
-    mask, keys = call.mask, scores.shape[-1]
-    seen = None
-    if mask is None or (torch.is_tensor(mask) and mask.ndim == 2):
-        if call.causal and call.query.shape[2] > 1:
-            # Without a mask SDPA counts from the first key, flash attention from the last. A single query sees all.
-            shift = keys - call.query.shape[2] if call.flash else 0
-            seen = torch.arange(keys, device=scores.device) <= (index + shift)[:, :, None]
-        if mask is not None:
-            real = mask[:, -keys:].bool()[:, None]
-            real = torch.nn.functional.pad(real, (0, keys - real.shape[-1]))
-            seen = real if seen is None else seen & real
-        if seen is not None:
-            scores.masked_fill_(~seen[:, None], -torch.inf)
-    elif torch.is_tensor(mask):
-        chosen = mask.expand(scores.shape[0], *mask.shape[1:])[..., :keys]
-        chosen = chosen.gather(2, index[:, None, :, None].expand(-1, chosen.shape[1], -1, chosen.shape[3]))
-        if chosen.dtype == torch.bool:
-            scores.masked_fill_(~chosen, -torch.inf)
-        else:
-            scores.add_(chosen)
-    else:
-        # A block mask of flex attention tells about single pairs.
-        batch = torch.arange(scores.shape[0], device=scores.device)[:, None, None]
-        pairs = mask.mask_mod(batch, torch.zeros_like(batch), index[:, :, None], torch.arange(keys, device=scores.device))
-        scores.masked_fill_(~pairs.expand(scores.shape[0], index.shape[1], keys)[:, None], -torch.inf)
+def _seen(call: Call) -> tuple[int | None, Tensor | None, Tensor | None]:
+    """What the queries of a call may see: causal shift, real keys ``(B, k)``, and a mask ``(B or 1, heads or 1, q, k)``."""
+    mask, keys = call.mask, call.key.shape[2]
+    if mask is not None and not torch.is_tensor(mask):
+        return None, None, None
+    if mask is not None and mask.ndim == 4:
+        return None, None, mask[..., :keys]
+    causal_shift = None
+    if call.causal and call.query.shape[2] > 1:
+        # Without a mask SDPA counts from the first key, flash attention from the last. A single query sees all.
+        causal_shift = keys - call.query.shape[2] if call.flash else 0
+    if mask is None:
+        return causal_shift, None, None
+    real = mask[:, -keys:].bool()
+    return causal_shift, torch.nn.functional.pad(real, (0, keys - real.shape[-1])), None
+
+
+def _pairs(call: Call, queries: Tensor) -> Tensor:
+    """Which keys the queries at ``queries (B, R)`` see by a flex block mask: bool ``(B, 1, R, k)``."""
+    index = queries.clamp(min=0)
+    keys = torch.arange(call.key.shape[2], device=index.device)
+    batch = torch.arange(index.shape[0], device=index.device)[:, None, None]
+    pairs = call.mask.mask_mod(batch, torch.zeros_like(batch), index[:, :, None], keys)
+    return pairs.expand(*index.shape, keys.shape[0])[:, None]
+
+
+def _chosen(query: Tensor, queries: Tensor) -> Tensor:
+    """Queries ``(B, heads, R, head_dim)`` at ``queries (B, R)``."""
+    index = queries.clamp(min=0)[:, None, :, None]
+    return query.gather(2, index.expand(-1, query.shape[1], -1, query.shape[3]))

@@ -14,6 +14,7 @@ from transformers import cache_utils
 
 from vlprune.engine.rows import RowMap
 from vlprune.errors import IncompatibleCacheError
+from vlprune.kernels import compact_cache, compact_cache_
 
 
 class PrunedCache:
@@ -145,18 +146,13 @@ def release(cache: Any) -> None:
 
 def keep_rows(store: Any, rows: Tensor) -> None:
     """Leaves a layer with the entries at ``rows (B, 1 or heads, n)``; filler holds the first entry."""
-    index = rows.clamp(min=0).to(store.keys.device)[..., None].expand(-1, store.keys.shape[1], -1, -1)
-    count = rows.shape[2]
-    for name in ("keys", "values"):
-        whole = getattr(store, name)
-        kept = whole.gather(2, index.expand(-1, -1, -1, whole.shape[3]))
-        if isinstance(store, cache_utils.StaticLayer):
-            whole[:, :, :count].copy_(kept)
-            whole[:, :, count:].zero_()
-        else:
-            setattr(store, name, kept)
+    rows, stores = rows.to(store.keys.device), [store.keys, store.values]
+    if isinstance(store, cache_utils.StaticLayer):
+        compact_cache_(stores, rows)
+    else:
+        store.keys, store.values = compact_cache(stores, rows)
     if hasattr(store, "cumulative_length"):
-        store.cumulative_length.fill_(count)
+        store.cumulative_length.fill_(rows.shape[2])
 
 
 def is_sliding(cache: Any, layer: int) -> bool:

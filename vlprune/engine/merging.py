@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vlprune.kernels import merge_rows
 from vlprune.method import Selection
 
 
@@ -17,11 +18,8 @@ def merged(features: Tensor, selection: Selection) -> Tensor:
     if merge is None:
         return features
     keep = selection.keep[..., None].expand(*selection.keep.shape, features.shape[-1])
-    count = selection.keep.shape[-1]
-    slot = torch.where(merge.target < 0, count, merge.target)
-    weight = torch.ones_like(slot, dtype=torch.float32) if merge.weight is None else merge.weight.float()
-    sums = features.new_zeros(*slot.shape[:-1], count + 1, features.shape[-1], dtype=torch.float32)
-    sums = sums.scatter_add(-2, slot[..., None].expand_as(features), features.float() * weight[..., None])
-    mass = weight.new_zeros(*slot.shape[:-1], count + 1).scatter_add(-1, slot, weight)[..., :count, None]
-    means = (sums[..., :count, :] / mass.clamp(min=1e-12)).to(features.dtype)
+    leading, (rows, width) = features.shape[:-2], features.shape[-2:]
+    weight = None if merge.weight is None else merge.weight.reshape(-1, rows)
+    means, mass = merge_rows(features.reshape(-1, rows, width), merge.target.reshape(-1, rows), weight, keep.shape[-2])
+    means, mass = means.view(*leading, *means.shape[1:]), mass.view(*leading, -1, 1)
     return features.scatter(-2, keep, torch.where(mass > 0, means, features.gather(-2, keep)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,19 +25,19 @@ def attention_rows(
     """See :func:`vlprune.kernels.attention_rows`."""
     batch, heads, queries, _ = query.shape
     shape = (batch, *(() if reduce_heads else (heads,)), rows.shape[1], key.shape[2])
-    out = query.new_zeros(shape, dtype=torch.float32)
-    if queries == 0 or out.numel() == 0:
-        return out
+    if queries == 0 or math.prod(shape) == 0:
+        return query.new_zeros(shape, dtype=torch.float32)
     key = key.float()
-    for start in range(0, rows.shape[1], step := max(1, BLOCK // heads) if reduce_heads else rows.shape[1]):
-        part = rows[:, start : start + step]
+
+    def of(part: Tensor) -> Tensor:
         scores = grouped_scores(_picked(query, part), key, scaling, softcap)
         _hide(scores, part.clamp(min=0), causal_shift, valid, mask)
         _softmax(scores, part < 0)
-        if not reduce_heads:
-            return scores
-        torch.mean(scores, 1, out=out[:, start : start + step])
-    return out
+        return scores
+
+    if not reduce_heads:
+        return of(rows)
+    return torch.cat([of(part).mean(1) for part in rows.split(max(1, BLOCK // heads), 1)], 1)
 
 
 def _picked(query: Tensor, rows: Tensor) -> Tensor:

@@ -88,7 +88,8 @@ def gather_rows(tensors: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
     samples = [source.stride(0) if source.shape[0] > 1 else 0 for source in sources]
     strides = [source.stride(1) for source in sources]
     grid = (length, ends[-1], batch)
-    _gather_rows[grid](rows.contiguous(), length, *sources, *targets, *samples, *strides, *widths, *ends[1:4], BLOCK=block)
+    with torch.cuda.device_of(rows):  # Triton launches on the current device, wherever its arguments are
+        _gather_rows[grid](rows.contiguous(), length, *sources, *targets, *samples, *strides, *widths, *ends[1:4], BLOCK=block)
     return out
 
 
