@@ -98,7 +98,7 @@ def evaluate(
     """Measures accuracy, time and memory of methods at budgets on benchmarks.
 
     Interrupted, it goes on where it was when it is started again. Several processes share the work:
-    'accelerate launch --num_processes 4 -m vlprune.evals eval ...'.
+    'accelerate launch --multi_gpu --num_processes 4 -m vlprune.evals eval ...', also on CPUs.
     """
     settings = _settings(methods, budgets)
     from vlprune.evals import loading, runner
@@ -160,7 +160,7 @@ def _use_threads(threads: int | None) -> None:
 
 def _command(processes: int) -> str:
     """How to go on with the run, or to repeat it elsewhere."""
-    shared = ["accelerate", "launch", "--num_processes", str(processes), "-m", "vlprune.evals"]
+    shared = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(processes), "-m", "vlprune.evals"]
     arguments = (argument for argument in sys.argv[1:] if argument != "--restart")
     return shlex.join([*(["vlprune"] if processes == 1 else shared), *arguments])
 
