@@ -55,7 +55,7 @@ def plan(device: torch.device, smoke: bool = False) -> Suite:
     attentions = ("sdpa", "flash_attention_2") if importlib.util.find_spec("flash_attn") else ("sdpa",)
     each = MINUTES / (2 * len(attentions))
     plans = [
-        jobs.Plan(variants_of(methods()), attentions, (batch,), rounds, warmup=2, minutes=each)
+        jobs.Plan(variants_of(methods()), attentions, (batch,), rounds, warmup=3, minutes=each)
         for batch, rounds in ((1, 40), (8, 20))
     ]
     shapes = [kernels.SHAPES[name] for name in kernels.ON_GPU]
