@@ -18,9 +18,11 @@ def main() -> None:
     try:
         from vlprune.bench.commands import app as bench
         from vlprune.evals.commands import app
+        from vlprune.evals.recipes.commands import recipe
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     app.add_typer(bench, name="bench")
+    app.command("recipe")(recipe)
     app(prog_name="vlprune")
 
 

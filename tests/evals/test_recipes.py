@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import typer
 
 from vlprune import BudgetError, ModelShape, VLPruneError
 from vlprune.evals import benchmarks, recipes
 from vlprune.evals.loading import find_all, key_of
-from vlprune.evals.recipes import Recipe
+from vlprune.evals.recipes import Recipe, commands
 from vlprune.evals.settings import UNPRUNED, Setting, parse
 from vlprune.image import ImageLayout
 
@@ -133,3 +137,41 @@ def test_the_command_is_that_of_eval(recipe: Recipe):
 def test_unknown_recipe():
     with pytest.raises(VLPruneError, match=r"there are llava-1\.5-7b, llava-next-7b, qwen2\.5-vl-7b"):
         recipes.load("llava")
+
+
+# ------------------------------------------------------------------ the command
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What ``vlprune recipe`` prints on a wide terminal."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: Any) -> str:
+        commands.recipe(*arguments)
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_recipes_are_listed_and_described(said: Callable[..., str]):
+    assert all(name in said() for name in recipes.NAMES)
+    text = said("llava-next-7b")
+    assert "vlprune eval --model llava-hf/llava-v1.6-vicuna-7b-hf --benchmarks 'gqa," in text
+    assert "table 3 of the HiRED paper" in text
+
+
+def test_a_run_is_put_beside_its_recipe(said: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    summaries = {"mme": [summary("fastv", 64, 1000, 2000)]}
+    run = SimpleNamespace(summaries=lambda: summaries)
+    monkeypatch.setattr("vlprune.evals.report.Run.read", lambda folder: run)
+    lines = [line for line in said("llava-1.5-7b", tmp_path).splitlines() if "1000.0 ±40.0" in line]
+    assert [line.replace("│", " ").split() for line in lines] == [
+        ["fastv", "64", "mme", "perception", "992.1", "1000.0", "±40.0", "+7.9"]
+    ]
+
+
+def test_an_unknown_recipe_is_told_in_one_line(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(typer.Exit):
+        commands.recipe("llava")
+    assert "unknown recipe" in capsys.readouterr().err

@@ -1,0 +1,75 @@
+"""What the command line does with recipes: ``vlprune recipe``."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vlprune.evals import recipes
+from vlprune.evals.commands import clear_errors
+from vlprune.evals.recipes import Beside, Recipe
+
+
+@clear_errors
+def recipe(
+    name: Annotated[str | None, typer.Argument(help="A recipe; without one, all are listed.")] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="Folder of a run of the recipe, whose numbers are put beside the published ones.")
+    ] = None,
+) -> None:
+    """Tells what to run for a main table of the field, and puts measured numbers beside the published ones."""
+    console = Console(highlight=False)
+    if name is None:
+        for one in map(recipes.load, recipes.NAMES):
+            console.print(f"{one.name:<16}{escape(one.title)}", soft_wrap=True)
+        return
+    found = recipes.load(name)
+    if measured is None:
+        _describe(console, found)
+        return
+    from vlprune.evals.report import Run
+
+    _print_beside(console, recipes.beside(found, Run.read(measured).summaries()))
+    _print_notes(console, found)
+
+
+def _describe(console: Console, found: Recipe) -> None:
+    sources = dict.fromkeys(one.source for one in found.published)
+    console.print(f"[bold]{escape(found.title)}[/bold]")
+    _print_notes(console, found)
+    console.print(f"{len(found.published)} published numbers: {escape('; '.join(sources))}.", soft_wrap=True)
+    out = f"results/{found.name}"
+    console.print(f"\n{escape(shlex.join([*found.command(), '--out', out]))}", soft_wrap=True)
+    console.print(escape(f"vlprune recipe {found.name} --measured {out}"), soft_wrap=True)
+
+
+def _print_notes(console: Console, found: Recipe) -> None:
+    for note in found.notes:
+        console.print(f"- {escape(note)}", soft_wrap=True)
+
+
+def _print_beside(console: Console, rows: Sequence[Beside]) -> None:
+    for source in dict.fromkeys(one.published.source for one in rows):
+        table = Table("method", "budget", "benchmark", "number", title=escape(source), title_justify="left")
+        for column in ("published", "measured", "difference"):
+            table.add_column(column, justify="right")
+        for one in rows:
+            if one.published.source == source:
+                table.add_row(*map(escape, _cells(one)))
+        console.print(table)
+
+
+def _cells(one: Beside) -> list[str]:
+    published = one.published
+    budget = "–" if published.setting.method == "none" else str(published.setting.budget)
+    cells = [published.setting.method, budget, published.benchmark, published.number, f"{published.value:.1f}"]
+    if one.measured is None or one.margin is None:
+        return [*cells, "–", "–"]
+    return [*cells, f"{one.measured:.1f} ±{one.margin:.1f}", f"{one.measured - published.value:+.1f}"]
