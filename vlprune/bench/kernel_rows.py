@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import importlib.util
 import os
 import statistics
 import time
@@ -175,7 +176,8 @@ def _rows(
 
 def variants(device: torch.device, compiled: bool) -> list[str]:
     """On a CPU there is no Triton but its interpreter, whose time says nothing: it shows that the kernels run."""
-    triton = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    interpreter = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+    triton = device.type == "cuda" or interpreter
     return [REFERENCE, *([COMPILED] if compiled else []), *([TRITON] if triton else [])]
 
 
