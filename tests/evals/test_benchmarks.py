@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -17,6 +18,7 @@ from PIL import Image as Pictures
 from vlprune.errors import OptionError
 from vlprune.evals import benchmarks
 from vlprune.evals.benchmarks.base import Benchmark, DataError, Example, ImageError, Row
+from vlprune.evals.benchmarks.source import Source, origin_of
 
 TEXT, NUMBER = Value("string"), Value("int64")
 TEN = ["net"] * 4 + ["A net"] * 3 + ["mesh", "fence", "tennis net"]
@@ -383,6 +385,20 @@ def test_the_offline_cache_is_used_under_the_older_name(tmp_path: Path, limit: i
     benchmark = benchmarks.find("textvqa")
     assert len(benchmark.examples(limit)) == (limit or 3)
     assert benchmark.version == f"lmms-lab/textvqa@{'0' * 40}, validation"
+
+
+@pytest.mark.parametrize(
+    ("files", "hashed", "origin"),
+    [
+        ({"test": [f"hf://datasets/lmms-lab/GQA@{'5' * 40}/a/test-0.parquet"]}, "", f"lmms-lab/GQA@{'5' * 40}, a, test"),
+        (None, "7" * 40, f"lmms-lab/GQA@{'7' * 40}, a, test"),
+        (None, None, "lmms-lab/GQA@v1, a, test"),
+    ],
+)
+def test_revision_of_what_is_read(files: Any, hashed: str | None, origin: str):
+    """Of addresses such as the hub's, else the one that the cache has noted, else what was asked for."""
+    builder = SimpleNamespace(config=SimpleNamespace(data_files=files), hash=hashed)
+    assert origin_of("lmms-lab/GQA", builder, Source("GQA", "a", "test", revision="v1")) == origin
 
 
 def test_without_the_hub_both_names_were_tried():

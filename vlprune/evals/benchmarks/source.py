@@ -149,7 +149,7 @@ def open_table(source: Source) -> Table:
         except (OSError, ValueError) as error:
             failures.append(f"{owner}/{source.repository} ({' '.join(str(error).split())[:200]})")
             continue
-        return Table(builder, source, _origin(f"{owner}/{source.repository}", builder, source))
+        return Table(builder, source, origin_of(f"{owner}/{source.repository}", builder, source))
     raise DataError(
         f"cannot load {source.where}: tried {'; '.join(failures)}. A local copy is used by path=FOLDER, the offline cache by "
         "HF_HUB_OFFLINE=1"
@@ -181,7 +181,8 @@ def _local(path: Path, source: Source) -> Any:
         raise DataError(f"{source.where}: {error}") from error
 
 
-def _origin(repository: str, builder: Any, source: Source) -> str:
+def origin_of(repository: str, builder: Any, source: Source) -> str:
+    """What a builder reads, with its revision where that is known."""
     found = COMMIT.search(str(builder.config.data_files or ""))
     revision = found.group(1) if found else builder.hash or source.revision
     return ", ".join(filter(None, (f"{repository}@{revision}" if revision else repository, source.config, source.split)))

@@ -19,7 +19,7 @@ from vlprune.evals.metrics.choices import bare_letter, infer_option, infer_text,
 from vlprune.evals.metrics.estimates import MEAN, Estimate, Metric, estimate
 from vlprune.evals.metrics.texts import anls, edit_distance, exact_match, relaxed_accuracy
 from vlprune.evals.metrics.vqa import CONTRACTIONS, normalise_vqa, vqa_accuracy
-from vlprune.evals.metrics.yes_no import mme_answer, mme_correct, mme_pairs, pope, pope_answer, pope_correct
+from vlprune.evals.metrics.yes_no import mme_answer, mme_correct, mme_pairs, pope_answer, pope_correct
 
 __all__ = [
     "ANLS",
@@ -45,7 +45,6 @@ __all__ = [
     "mme_correct",
     "mme_pairs",
     "normalise_vqa",
-    "pope",
     "pope_answer",
     "pope_correct",
     "relaxed_accuracy",

@@ -20,22 +20,6 @@ def pope_correct(prediction: str, answers: Sequence[str]) -> float:
     return float(pope_answer(prediction) == answers[0])
 
 
-def pope(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
-    """Accuracy, precision, recall, F1 and the share of "yes" among the predictions; "yes" is the positive class.
-
-    All samples are pooled. Papers that average the F1 of three categories call this once for each.
-    """
-    counts = np.sum([confusion(p, (label,)) for p, label in zip(predictions, labels, strict=True)], axis=0)
-    tp, fp, fn, tn = (float(c) for c in counts)
-    return {
-        "accuracy": (tp + tn) / (tp + fp + fn + tn),
-        "precision": tp / (tp + fp) if tp + fp else 0.0,
-        "recall": tp / (tp + fn) if tp + fn else 0.0,
-        "f1": float(f1(counts)),
-        "yes_ratio": (tp + fp) / (tp + fp + fn + tn),
-    }
-
-
 def confusion(prediction: str | None, answers: Sequence[str]) -> tuple[float, ...]:
     """True positives, false positives, false negatives, true negatives of one sample; no prediction is a wrong one."""
     positive = answers[0] == "yes"
