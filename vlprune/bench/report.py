@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vlprune.bench import kernel_rows, model
+from vlprune.bench import kernel_rows, kernels, model
 from vlprune.bench.journal import Row
 from vlprune.evals.settings import UNPRUNED
 
@@ -171,7 +171,9 @@ def slower(row: Row) -> bool:
 
 def kernel_columns() -> list[Column]:
     def rate(row: Row) -> str:
-        name, unit = ("gb_per_s", "GB/s") if row.get("tflop_per_s") is None else ("tflop_per_s", "TFLOP/s")
+        """What limits the operation, in its unit."""
+        case = kernels.CASES.get(str(row["operation"]))
+        name, unit = ("tflop_per_s", "TFLOP/s") if case and case.limit == "flops" else ("gb_per_s", "GB/s")
         value = row.get(name)
         return NOTHING if value is None else f"{value:.3g} {unit}"
 
