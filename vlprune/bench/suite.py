@@ -49,7 +49,7 @@ def plan(device: torch.device, smoke: bool = False) -> Suite:
         return Suite(device, dtype, [kernels.SHAPES["tiny"]], 2, on_gpu, None, [(size_of("llava-next-tiny"), tiny)])
     if not on_gpu:
         shapes = [kernels.SHAPES[name] for name in kernels.ON_CPU]
-        every = jobs.Plan(variants_of(methods()), rounds=15, minutes=11)
+        every = jobs.Plan(variants_of(methods()), rounds=15, minutes=10)
         return Suite(device, dtype, shapes, 30, False, None, [(size_of("llava-next-small"), every)])
     # Small batches wait for the host, large ones compute: more rounds where one takes less.
     attentions = ("sdpa", "flash_attention_2") if importlib.util.find_spec("flash_attn") else ("sdpa",)
