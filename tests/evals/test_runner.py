@@ -9,16 +9,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import vlprune
 from vlprune.evals import journal, runner
 from vlprune.evals.answering import TIMES, Answering
+from vlprune.evals.batches import Task
+from vlprune.evals.benchmarks.base import Benchmark, Example, answers_of
 from vlprune.evals.journal import MANIFEST, Row, RunMismatchError
+from vlprune.evals.metrics import EXACT_MATCH
 from vlprune.evals.runner import Progress
 from vlprune.evals.settings import UNPRUNED, Setting
 
@@ -297,3 +302,90 @@ def test_a_failing_sample_is_recorded_and_wrong(whole: Path, tmp_path: Path):
     assert all(row["prediction"] == expected[row["id"]]["prediction"] for row in rows if not row["error"])
     small.run(tmp_path, model=model, processor=processor, settings=[Setting(UNPRUNED)])
     assert len(lines(tmp_path)) == len(rows)
+
+
+class OutOfMemory:
+    """Stands in for ``generate`` of a model on a device that holds two samples, not four."""
+
+    def __init__(self, generate: Callable[..., Any]):
+        self._generate = generate
+        self.batches: list[int] = []
+
+    def __call__(self, *arguments: Any, input_ids: torch.Tensor, **options: Any) -> Any:
+        self.batches.append(len(input_ids))
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self._generate(*arguments, input_ids=input_ids, **options)
+
+
+def test_out_of_memory_halves_the_batch(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, processor = small.parts()
+    generate = OutOfMemory(model.generate)
+    monkeypatch.setattr(model, "generate", generate)
+    rows = small.run(tmp_path, model=model, processor=processor)
+    assert not any(row["error"] for row in rows)
+    assert {row["batch_size"] for row in rows} == {2}
+    assert generate.batches[:4] == [4, 4, 2, 2]  # once unrecorded, then as it must be
+    expected = [(row["id"], row["prediction"]) for row in journal.read_rows(whole)]
+    assert [(row["id"], row["prediction"]) for row in rows] == expected
+
+
+def unreadable() -> bytes:
+    raise OSError("the disk is gone")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Odd(Benchmark):
+    """What real data may hold."""
+
+    name = "odd"
+    title = "Odd"
+    conventions = {"exact match": lambda prediction, row: EXACT_MATCH.sample(prediction, answers_of(row))}
+    version = "1"
+
+    def examples(self, limit: int | None = None) -> list[Example]:
+        def example(name: str, picture: Any, question: str = "What is it?", answers: tuple[str, ...] = ("it",)) -> Example:
+            return Example(name, "", question, answers, picture)
+
+        def image(width: int, height: int) -> Image.Image:
+            return Image.new("RGB", (width, height), "red")
+
+        return [
+            example("plain", image(128, 128)),
+            example("long", image(128, 128), "why " * 2500),
+            example("dot", image(1, 1)),
+            example("wide", image(8000, 50)),
+            example("no image", b"\xff\xd8 corrupt"),
+            example("no file", unreadable),
+            example("no answers", image(128, 128), answers=()),
+            example("surrogate", image(128, 128), "half a pair: \ud83d"),
+        ]
+
+
+def test_odd_samples_are_recorded_and_nothing_is_lost(tmp_path: Path):
+    settings = [Setting("none"), Setting("hired", 0.2)]
+    rows = small.run(tmp_path, settings=settings, tasks=[Task.of("odd", Odd(), 2, max_new_tokens=2)], batch_size=2)
+    assert [(row["method"], row["id"]) for row in rows] == [(s.method, e.id) for s in settings for e in Odd().examples()]
+    failed = {row["id"]: row["error"] for row in rows if row["error"]}
+    # LLaVA-NeXT's own code fails on strips so thin that no row of patches is left, its tokenizer on half a character.
+    assert failed.keys() == {"no image", "no file", "wide", "surrogate"}, failed
+    assert failed["no image"].startswith("ImageError: no image: 10 bytes that cannot be read as an image")
+    assert "0x" not in failed["no image"]
+    assert {(row["id"], row["error"]) for row in rows if row["prediction"] is None} == set(failed.items())
+    assert not any(row["score"] for row in rows)
+    before = [path.read_bytes() for path in journal.row_files(tmp_path)]
+    small.run(tmp_path, settings=settings, tasks=[Task.of("odd", Odd(), 2, max_new_tokens=2)], batch_size=2)
+    assert [path.read_bytes() for path in journal.row_files(tmp_path)] == before
+
+
+def test_failed_batches_can_be_tried_again(whole: Path, tmp_path: Path):
+    model, processor = small.parts()
+    unsteady = FailsOn(processor, small.EXAMPLES[2].question)
+    small.run(tmp_path, model=model, processor=unsteady)
+    rows = small.run(tmp_path, model=model, processor=processor, retry_errors=True)
+    assert [small.measured_anew(row) for row in rows] == [small.measured_anew(row) for row in journal.read_rows(whole)]
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path):
+    with journal.locked(tmp_path), pytest.raises(vlprune.VLPruneError, match="another run is writing"):
+        small.run(tmp_path)

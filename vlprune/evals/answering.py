@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -234,7 +235,8 @@ def _kept(model: Any, report: vlprune.Report, inputs: Any) -> list[list[Kept]] |
 
 
 def _message(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:LONGEST_MESSAGE]
+    """Without addresses in memory, which no two runs share."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", f"{type(error).__name__}: {error}")[:LONGEST_MESSAGE]
 
 
 def _release_memory() -> None:

@@ -187,7 +187,7 @@ def legend(summaries: Sequence[Summary]) -> str:
     test = " or ".join(tests) or "a paired test"
     return (
         f"score: {headline} ± half of its 95 % interval. Δ: change of the samples' mean score from the unpruned model, in "
-        f"points; * p < {SIGNIFICANT} by {test}. agree: % of answers that are the unpruned one's. Visual tokens of an image; "
+        f"points; * p < {SIGNIFICANT} by {test}. agree: % of answers that are the unpruned one's. Visual tokens of an image: "
         "enter: those that enter the LLM; layers: mean over its layers; cache: left in the cache after the prompt, mean over "
         "layers. prefill: ms a sample, with vision encoder and selection; ×: times as fast as unpruned; step: ms a new token; "
         f"both in batches of {batch}, medians over batches. GFLOP and KiB: prefill and cache of a sample."
