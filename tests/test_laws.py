@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -16,10 +17,28 @@ KNOWN = zoo.combinations(adaptive=False)
 PROMPTED = [(*combination, scenario) for combination in COMBINATIONS for scenario in zoo.scenarios(combination[0])]
 """Combinations with the prompts that their families take."""
 CACHED = [(*case, cache) for case in PROMPTED for cache in ("dynamic", "static") if cache in zoo.FAMILIES[case[0]].caches]
+ATTENTIONS = ("sdpa", "eager")
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(("family", "method", "options", "scenario", "cache"), CACHED)
+def times(cases: list[Any], *axes: tuple[Any, ...]) -> list[Any]:
+    """Every case with every combination of ``axes``, thinned out."""
+    return zoo.thinned([(*case, *cell) for case in cases for cell in product(*axes)])
+
+
+def test_thinned_matrices_meet_every_family_and_every_cell():
+    """And nothing but what is in the matrix; methods that reach further than ``select`` keep all of it."""
+    whole = [(*case, attention) for case in CACHED for attention in ATTENTIONS]
+    kept = zoo.thinned(whole)
+    for name, options in zoo.method_cases():
+        of, left = ([case for case in cases if case[1:3] == (name, options)] for cases in (whole, kept))
+        assert all(case in of for case in left)
+        assert {case[0] for case in left} == {case[0] for case in of}
+        assert {case[3:] for case in left} == {case[3:] for case in of}
+        reaches_further = vlprune.methods()[name](**options).stages != ("select",)
+        assert len(left) == len(of) if reaches_further or name in zoo.WHOLE else len(left) <= len(of)
+
+
+@pytest.mark.parametrize(("family", "method", "options", "scenario", "cache", "attention"), times(CACHED, ATTENTIONS))
 def test_law_1_dropping_equals_masking(family, method, options, attention, scenario, cache):
     """Logits of every step within 1e-4 in float32, and the same greedy tokens."""
     model = zoo.build(family, attention)
@@ -36,9 +55,9 @@ def test_law_1_dropping_equals_masking(family, method, options, attention, scena
     torch.testing.assert_close(pruned.raw, expected.raw, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(("family", "method", "options"), COMBINATIONS)
+@pytest.mark.parametrize(
+    ("family", "method", "options", "attention", "side"), times(COMBINATIONS, ATTENTIONS, ("left", "right"))
+)
 def test_law_1_in_a_plain_forward(family, method, options, attention, side):
     """Logits of every token that is neither padding nor dropped, under both paddings."""
     model = zoo.build(family, attention)
@@ -54,7 +73,7 @@ def test_law_1_in_a_plain_forward(family, method, options, attention, side):
     torch.testing.assert_close(pruned[seen], expected[seen], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("family", "method", "options", "scenario"), PROMPTED)
+@pytest.mark.parametrize(("family", "method", "options", "scenario"), zoo.thinned(PROMPTED))
 def test_law_2_nothing_to_do_is_exactly_nothing(family, method, options, scenario):
     """Budget 1.0, a prompt of text alone, and after remove(): bit-identical."""
     model = zoo.build(family)
@@ -102,8 +121,7 @@ def test_law_2_nothing_is_left_behind(family, method, options):
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize(("family", "method", "options"), KNOWN)
-@pytest.mark.parametrize("budget", [0.05, 0.37, 0.9, 1, 7, 10_000])
+@pytest.mark.parametrize(("family", "method", "options", "budget"), times(KNOWN, (0.05, 0.37, 0.9, 1, 7, 10_000)))
 def test_law_4_budgets_are_met_exactly_and_known_before(family, method, options, budget):
     model = zoo.build(family)
     inputs = zoo.prompt(family, **zoo.SCENARIOS["batch"])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -288,6 +289,47 @@ def combinations(adaptive: bool = True) -> list[tuple[str, str, dict[str, Any]]]
         for name, options in method_cases()
         if _fit(family, vlprune.methods()[name](**options)) and (adaptive or not vlprune.methods()[name](**options).adaptive)
     ]
+
+
+WHOLE = ("hired", "uniform", "pool")
+"""Methods of the stage ``select`` that go through every case: one asks for signals, one does not, one merges."""
+
+
+def thinned(cases: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """``cases``, tuples of family, method, options and the cell of a matrix, without those that repeat what others show.
+
+    A method that has no stage but ``select`` gives the engine a list of rows and perhaps weights; what the engine then does
+    with attention, cache, padding and positions does not depend on which method it was, and is tested on every case with
+    the methods of ``WHOLE``. Of such a method's own code the model is all that matters: its layout, its signals. So it meets
+    every family and every cell (attention x cache x prompt, say) that its cases have, each at least once, but not
+    every family in every cell. Which family meets which cell turns with the method's name, so a zoo of them meets most pairs.
+    All other methods keep all cases.
+    """
+    groups: dict[tuple[str, str], list[tuple[Any, ...]]] = {}
+    for case in cases:
+        groups.setdefault((case[1], repr(case[2])), []).append(case)
+    return [case for name, group in groups.items() for case in (_cover(group) if _sampled(*group[0][1:3]) else group)]
+
+
+def _sampled(name: str, options: dict[str, Any]) -> bool:
+    method = vlprune.methods()[name](**options)
+    return method.stages == ("select",) and not method.resizes and name not in WHOLE
+
+
+def _cover(group: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Cases of one method, few, in which each of its families and each of its cells occurs."""
+    turn = zlib.crc32(repr(group[0][1:3]).encode()) % len(group)
+    turned = group[turn:] + group[:turn]
+    unmet = {part for case in group for part in _parts(case)}
+    chosen = []
+    while unmet:
+        chosen.append(max(turned, key=lambda case: len(_parts(case) & unmet)))
+        unmet -= _parts(chosen[-1])
+    return chosen
+
+
+def _parts(case: tuple[Any, ...]) -> set[Any]:
+    return {case[0], case[3:]}
 
 
 def _fit(family: str, method: vlprune.Method) -> bool:
