@@ -18,8 +18,10 @@ from vlprune.evals.metrics.estimates import percentile_interval, resampled_total
 
 RESAMPLES = 2000
 PERMUTATIONS = 10_000
-PERMUTATIONS_AT_ONCE = 1_000_000
-"""Signs that are drawn at a time, so that memory does not grow with the number of samples."""
+DRAWS_AT_ONCE = 1_000_000
+"""So that memory does not grow with the number of samples."""
+DECIMALS = 9
+"""Differences that agree so far are the same number, come about in another order."""
 MCNEMAR, PERMUTATION = "McNemar's exact test", "paired permutation test"
 RIGHT = 0.5
 """A score below this counts as wrong, where it is not 0 or 1."""
@@ -69,17 +71,20 @@ def _log_binomial(n: int, k: int) -> float:
 
 
 def permutation(change: np.ndarray, rng: np.random.Generator, permutations: int = PERMUTATIONS) -> float:
-    """Two-sided p of differences ``(samples,)``: how often random signs give a sum as far from 0, the one found counted in."""
-    change = change[change != 0]
-    if not len(change):
+    """Two-sided p of differences ``(samples,)``: how often random signs give a sum as far from 0, the one found counted in.
+
+    Of samples whose difference is as large, all that matters is how many are positive, which is binomial.
+    """
+    sizes, counts = np.unique(np.abs(change[change != 0]).round(DECIMALS), return_counts=True)
+    if not len(sizes):
         return 1.0
     # What sums to the same in another order must count as equal.
-    found = abs(change.sum()) - 1e-9
-    step = max(1, PERMUTATIONS_AT_ONCE // len(change))
+    found = abs(change.sum()) - 1e-6
+    step = max(1, DRAWS_AT_ONCE // len(sizes))
     as_far = 0
     for start in range(0, permutations, step):
-        signs = rng.integers(0, 2, size=(min(step, permutations - start), len(change)), dtype=np.int8) * 2 - 1
-        as_far += int((np.abs(signs @ change) >= found).sum())
+        positive = rng.binomial(counts, 0.5, size=(min(step, permutations - start), len(sizes)))
+        as_far += int((np.abs((2 * positive - counts) @ sizes) >= found).sum())
     return (as_far + 1) / (permutations + 1)
 
 
