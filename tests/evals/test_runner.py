@@ -352,7 +352,7 @@ class Odd(Benchmark):
 
         return [
             example("plain", image(128, 128)),
-            example("long", image(128, 128), "why " * 2500),
+            example("long", image(128, 128), "What is the city? " * 556),
             example("dot", image(1, 1)),
             example("wide", image(8000, 50)),
             example("no image", b"\xff\xd8 corrupt"),
