@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -148,7 +148,7 @@ class Answering:
         if setting.method == UNPRUNED:
             costs, kept = unpruned_costs(self.model, inputs), None
         else:
-            report = vlprune.report(self.model)
+            report = cast(vlprune.Report, vlprune.report(self.model))
             costs, kept = _costs_of(report), _kept(self.model, report, inputs)
             times["selection_seconds"] = report.selection_seconds
         shares = {name: value / len(batch) for name, value in costs.items()}
