@@ -19,7 +19,21 @@ from vlprune.errors import (
 from vlprune.image import CacheTokens, ImageLayout, ImageTokens, LayerTokens, ModelShape, VisionTokens, top
 from vlprune.method import Merge, Method, Plan, ScoreMethod, Selection, from_dict, register
 from vlprune.method import methods as _methods
-from vlprune.methods import DivPrune, FastV, FlowCut, HiRED, MustDrop, Pool, Random, Resize, SnapKV, Uniform, chain
+from vlprune.methods import (
+    VTCCLS,
+    DivPrune,
+    FasterVLM,
+    FastV,
+    FlowCut,
+    HiRED,
+    MustDrop,
+    Pool,
+    Random,
+    Resize,
+    SnapKV,
+    Uniform,
+    chain,
+)
 from vlprune.report import Report
 from vlprune.signals import (
     ClsAttention,
@@ -42,6 +56,7 @@ __all__ = [
     "ClsValues",
     "DivPrune",
     "FastV",
+    "FasterVLM",
     "FlowCut",
     "HiRED",
     "Hidden",
@@ -72,6 +87,7 @@ __all__ = [
     "UnsupportedMethodError",
     "UnsupportedModelError",
     "VLPruneError",
+    "VTCCLS",
     "Values",
     "VisionTokens",
     "applied",

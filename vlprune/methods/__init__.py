@@ -3,10 +3,26 @@
 from vlprune.methods.baselines import Pool, Random, Resize, Uniform
 from vlprune.methods.chain import chain
 from vlprune.methods.divprune import DivPrune
+from vlprune.methods.fastervlm import FasterVLM
 from vlprune.methods.fastv import FastV
 from vlprune.methods.flowcut import FlowCut
 from vlprune.methods.hired import HiRED
 from vlprune.methods.mustdrop import MustDrop
 from vlprune.methods.snapkv import SnapKV
+from vlprune.methods.vtc_cls import VTCCLS
 
-__all__ = ["DivPrune", "FastV", "FlowCut", "HiRED", "MustDrop", "Pool", "Random", "Resize", "SnapKV", "Uniform", "chain"]
+__all__ = [
+    "DivPrune",
+    "FastV",
+    "FasterVLM",
+    "FlowCut",
+    "HiRED",
+    "MustDrop",
+    "Pool",
+    "Random",
+    "Resize",
+    "SnapKV",
+    "Uniform",
+    "VTCCLS",
+    "chain",
+]

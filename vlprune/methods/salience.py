@@ -1,0 +1,54 @@
+"""How much a vision encoder attends to each patch, and budgets divided among tiles, for methods that rank patches by it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vlprune.budget import apportion
+from vlprune.image import ImageLayout, ImageTokens, ModelShape, remembered, top
+from vlprune.signals import ClsAttention, MeanAttention, ReceivedAttention, Signal
+
+KINDS = (ClsAttention, MeanAttention, ReceivedAttention)
+
+
+def attention_signal(shape: ModelShape, layer: int, otherwise: type[Signal] = MeanAttention) -> Signal:
+    """What [CLS] attends to in vision block ``layer``; ``otherwise`` in its place for encoders without [CLS]."""
+    return ClsAttention(layer) if shape.has_cls else otherwise(layer)
+
+
+def attention_of(image: ImageTokens) -> Tensor:
+    """Attention to each patch ``(tiles, patches)``: mean over heads, summed over the blocks that were asked for."""
+    layers = [values.mean(1) for signal, values in image.signals.items() if isinstance(signal, KINDS)]
+    return torch.stack(layers).sum(0)
+
+
+def in_picture(scores: Tensor, image: ImageTokens) -> Tensor:
+    """``scores (tiles, patches)`` that rank what is no number behind all else, and patches in the padding behind that."""
+    lowest = torch.finfo(scores.dtype).min
+    ranked = scores.nan_to_num(nan=lowest, neginf=lowest)
+    return ranked.masked_fill(image.host(image.layout.placeholder) < 0, -torch.inf)
+
+
+@remembered
+def equal_shares(layout: ImageLayout, count: int) -> list[int]:
+    """``count`` divided evenly among tiles, none above its patches that are in the prompt; earlier tiles get what is odd.
+
+    Where ``count`` exceeds all patches, each tile has all of its own.
+    """
+    count = min(count, sum(layout.available))
+    return apportion(count, [1.0] * layout.tiles, layout.available)
+
+
+def best_of_tiles(scores: Tensor, image: ImageTokens) -> Tensor:
+    """Prompt indices of each tile's best patches by ``scores (tiles, patches)``, its equal share of the budget many."""
+    order = top(in_picture(scores, image), scores.shape[1])
+    places = image.host(image.layout.placeholder).gather(1, order)
+    return places.flatten()[image.host(_seats(image.layout, image.count))]
+
+
+@remembered
+def _seats(layout: ImageLayout, count: int) -> Tensor:
+    """Flat indices into ``(tiles, ranks)`` of the first ranks of each tile."""
+    width = layout.placeholder.shape[1]
+    return torch.cat([tile * width + torch.arange(share) for tile, share in enumerate(equal_shares(layout, count))])
