@@ -32,6 +32,7 @@ from vlprune.methods import (
     Resize,
     SnapKV,
     Uniform,
+    VisPruner,
     chain,
 )
 from vlprune.report import Report
@@ -89,6 +90,7 @@ __all__ = [
     "VLPruneError",
     "VTCCLS",
     "Values",
+    "VisPruner",
     "VisionTokens",
     "applied",
     "apply",

@@ -9,6 +9,7 @@ from vlprune.methods.flowcut import FlowCut
 from vlprune.methods.hired import HiRED
 from vlprune.methods.mustdrop import MustDrop
 from vlprune.methods.snapkv import SnapKV
+from vlprune.methods.vispruner import VisPruner
 from vlprune.methods.vtc_cls import VTCCLS
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "SnapKV",
     "Uniform",
     "VTCCLS",
+    "VisPruner",
     "chain",
 ]
