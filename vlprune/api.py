@@ -18,9 +18,14 @@ from vlprune.report import Report
 
 if TYPE_CHECKING:
     from vlprune.engine.family import Family
+    from vlprune.engine.patch import Patch
+    from vlprune.engine.vit import VitPatch
+    from vlprune.engine.vit.report import VitReport
 
 DEFAULT_METHOD, DEFAULT_BUDGET = "hired", 0.4
-"""What ``apply(model)`` does."""
+"""What ``apply(model)`` does with a vision-language model."""
+VIT_METHOD, VIT_BUDGET = "tome", 0.5
+"""What it does with a vision transformer on its own."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -29,21 +34,19 @@ def apply(model: Model, method: str | Method | type[Method] | None = None, **opt
     """Prunes the visual tokens of ``model`` from now on; returns the same ``model``.
 
     Args:
-        model: a vision-language model of transformers, see :func:`supported_models`; PEFT and compiled wrappers are
-            looked through. A model that is pruned already gets the new method instead.
+        model: a vision-language model of transformers, see :func:`supported_models`, or a vision transformer on its own
+            (ViT, CLIP, SigLIP, DINOv2); PEFT and compiled wrappers are looked through. A model that is pruned already gets
+            the new method instead.
         method: a method's name, see :func:`vlprune.methods`, its class, or an object of it. Default: the measured one.
         **options: the method's knobs; ``budget`` is the one that all have.
 
     Raises:
         UnsupportedModelError, UnsupportedMethodError, OptionError, BudgetError: the model is then as it was before.
     """
-    from vlprune.engine.patch import Patch, forget_compiled
+    from vlprune.engine.patch import forget_compiled
 
-    if method is None:
-        method, options = DEFAULT_METHOD, {"budget": DEFAULT_BUDGET, **options}
     inner = _unwrapped(model)
-    family = _family(inner)
-    Patch(inner, family, make(method, **options)).install()
+    _patch(inner, method, options).install()
     forget_compiled(model)
     return model
 
@@ -65,7 +68,7 @@ def remove(model: Model) -> Model:
 @contextmanager
 def applied(model: Model, method: str | Method | type[Method] | None = None, **options: Any) -> Iterator[Model]:
     """``with applied(model, ...):`` prunes inside the block; a method applied before is back in place after it."""
-    from vlprune.engine.patch import Patch, forget_compiled, patch_of, uninstall
+    from vlprune.engine.patch import forget_compiled, patch_of, uninstall
 
     inner = _unwrapped(model)
     before = patch_of(inner) if isinstance(inner, nn.Module) else None
@@ -75,12 +78,14 @@ def applied(model: Model, method: str | Method | type[Method] | None = None, **o
     finally:
         uninstall(inner)
         if before is not None:
-            Patch(inner, _family(inner), before.method).install()
+            _patch(inner, before.method, {}).install()
         forget_compiled(model)
 
 
-def report(model: nn.Module) -> Report:
+def report(model: nn.Module) -> Report | VitReport:
     """What the last forward with images kept and saved.
+
+    A :class:`Report` for a vision-language model, a :class:`VitReport` for a vision transformer on its own.
 
     Raises:
         NotAppliedError: no method is applied, or none has seen an image yet.
@@ -90,9 +95,9 @@ def report(model: nn.Module) -> Report:
     patch = patch_of(_unwrapped(model))
     if patch is None:
         raise NotAppliedError(f"no method is applied to this {type(model).__name__}; vlprune.apply(model) applies one")
-    if patch.prefill is None:
+    if not patch.ran:
         raise NotAppliedError("this model has not seen an image since the method was applied; run it first")
-    return Report.of(patch)
+    return patch.report()
 
 
 def supported_models() -> list[Family]:
@@ -103,11 +108,20 @@ def supported_models() -> list[Family]:
     return families()
 
 
-def _family(model: Any) -> Family:
+def _patch(model: Any, method: str | Method | type[Method] | None, options: dict[str, Any]) -> Patch | VitPatch:
     from vlprune.engine.family import family_of
+    from vlprune.engine.patch import Patch
+    from vlprune.engine.vit import VitPatch, architecture_of
 
     supported_models()
-    return family_of(model)
+    architecture = architecture_of(model)
+    if method is None:
+        name, budget = (DEFAULT_METHOD, DEFAULT_BUDGET) if architecture is None else (VIT_METHOD, VIT_BUDGET)
+        method, options = name, {"budget": budget, **options}
+    if architecture is None:
+        family = family_of(model)
+        return Patch(model, family, make(method, **options))
+    return VitPatch(model, architecture, make(method, **options))
 
 
 def _unwrapped(model: Any) -> Any:

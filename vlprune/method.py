@@ -72,7 +72,8 @@ class Method:
 
     Subclasses implement one or more of ``encode``, ``select``, ``prefill`` and ``evict``; they may ask for signals with
     ``needs``. Class attributes describe the method: ``adaptive`` says that its counts depend on the image's content, ``paper``
-    where it is from. Both ``needs`` and ``adaptive`` may be properties.
+    where it is from, ``serves`` whether it is for vision-language models (``"vlm"``), vision transformers on their own
+    (``"vit"``), or both. Both ``needs`` and ``adaptive`` may be properties.
     """
 
     budget: budgets.Budget = 1.0
@@ -83,6 +84,7 @@ class Method:
     paper: ClassVar[str] = ""
     needs: ClassVar[tuple[Signal, ...]] = ()
     adaptive: ClassVar[bool] = False
+    serves: ClassVar[tuple[str, ...]] = ("vlm",)
 
     def __post_init__(self) -> None:
         budgets.check(self.budget)
@@ -192,8 +194,15 @@ def _add(name: str, cls: type[Method]) -> type[Method]:
     return cls
 
 
-def methods() -> dict[str, type[Method]]:
-    """All registered methods by name, those of installed packages (entry point group ``vlprune.methods``) included."""
+def methods(serving: str = "vlm") -> dict[str, type[Method]]:
+    """Registered methods by name, those of installed packages (entry point group ``vlprune.methods``) included.
+
+    ``serving``: those for vision-language models (``"vlm"``), or those for vision transformers on their own (``"vit"``).
+    """
+    return {name: cls for name, cls in _all_methods().items() if serving in cls.serves}
+
+
+def _all_methods() -> dict[str, type[Method]]:
     global _found_entry_points
     import vlprune.methods  # noqa: F401  (registers the built-in ones)
 
@@ -209,7 +218,7 @@ def methods() -> dict[str, type[Method]]:
 def make(method: str | Method | type[Method], **options: Any) -> Method:
     """A method from its name or class and options; an object is taken as it is, with ``options`` changed in a copy."""
     if isinstance(method, str):
-        known = methods()
+        known = _all_methods()
         if method not in known:
             near = difflib.get_close_matches(method.lower(), known, n=1, cutoff=0.4)
             meant = f"; did you mean {near[0]!r}?" if near else ""

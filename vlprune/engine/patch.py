@@ -14,6 +14,7 @@ from vlprune.engine.forward import Prefill
 from vlprune.errors import UnsupportedMethodError, UnsupportedModelError
 from vlprune.image import ModelShape
 from vlprune.method import Method, methods
+from vlprune.report import Report
 from vlprune.signals import ClsAttention
 
 ATTRIBUTE = "_vlprune"
@@ -34,6 +35,14 @@ class Patch:
     def prefill(self) -> Prefill | None:
         return self.decoder.prefill
 
+    @property
+    def ran(self) -> bool:
+        """Whether a forward with images has run."""
+        return self.prefill is not None
+
+    def report(self) -> Report:
+        return Report.of(self)
+
     def install(self) -> None:
         """Replaces a patch that is there already."""
         uninstall(self.model)
@@ -50,7 +59,8 @@ class Patch:
         forget_compiled(self.model)
 
 
-def patch_of(model: nn.Module) -> Patch | None:
+def patch_of(model: nn.Module) -> Any:
+    """The patch in the model, of a vision-language model or of a vision transformer; None if there is none."""
     return model.__dict__.get(ATTRIBUTE)
 
 

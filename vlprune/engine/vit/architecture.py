@@ -1,0 +1,123 @@
+"""What describes a vision transformer, and the registry of those that are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
+
+from torch import nn
+
+from vlprune.errors import UnsupportedModelError, VLPruneError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The two residual branches of a block, as the names of its submodules in the order in which they are called.
+
+    ``x + after(attention(norm(x)))``, then ``x + mlp(x)``. ``mask`` is the name of the attention's argument for what is added
+    to its logits, ``key`` the linear layer that makes its keys.
+    """
+
+    norm: str
+    attention: str
+    key: str
+    after: tuple[str, ...]
+    mlp: tuple[str, ...]
+    mask: str = "attention_mask"
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.norm, self.attention, self.key, *self.after, *self.mlp)
+
+    def fits(self, block: nn.Module) -> bool:
+        """Whether the block has all these submodules, and none besides them and what they hold."""
+        names = {name for name, _ in block.named_modules()}
+        known = {path.split(".")[0] for path in self.paths}
+        return names.issuperset(self.paths) and known.issuperset(name for name, _ in block.named_children())
+
+    def attend(self, block: nn.Module, x: Any, bias: Any, options: dict[str, Any]) -> Any:
+        """What the attention branch adds to ``x (B, N, C)``; ``bias`` None or broadcastable to ``(B, heads, N, N)``."""
+        out = block.get_submodule(self.attention)(block.get_submodule(self.norm)(x), **{**options, self.mask: bias})
+        return _through(block, self.after, out[0] if isinstance(out, tuple) else out)
+
+    def feed(self, block: nn.Module, x: Any) -> Any:
+        """What the MLP branch adds to ``x (B, N, C)``."""
+        return _through(block, self.mlp, x)
+
+
+def _through(block: nn.Module, paths: tuple[str, ...], x: Any) -> Any:
+    for path in paths:
+        x = block.get_submodule(path)(x)
+    return x
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A kind of vision transformer.
+
+    ``model_types``: of its config. ``blocks``: paths to the list of its blocks, the first that exists counts. ``layouts``: of
+    a block, by version of transformers. ``prefix``: how many rows in front are no patches, a function of the vision config.
+    ``refused``: parts of names of classes whose outputs cannot be put back together.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    blocks: tuple[str, ...]
+    layouts: tuple[Layout, ...]
+    prefix: Callable[[Any], int]
+    refused: tuple[str, ...] = field(default=("Backbone", "MaskedImageModeling"))
+
+    def blocks_of(self, model: nn.Module) -> list[nn.Module]:
+        """The model's blocks. Raises :class:`UnsupportedModelError` for a model that has none where they should be."""
+        if any(part in type(model).__name__ for part in self.refused):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} hands out the rows of blocks as a grid, which merged rows do not form; "
+                f"allowed are models of {self.name} with one output behind the last block"
+            )
+        for path in self.blocks:
+            try:
+                return list(attrgetter(path)(model))
+            except AttributeError:
+                continue
+        raise UnsupportedModelError(f"{type(model).__name__} has no blocks of {self.name} at {', '.join(self.blocks)}")
+
+    def layout_of(self, block: nn.Module) -> Layout:
+        """Raises :class:`UnsupportedModelError` for a block with parts that no layout knows."""
+        for layout in self.layouts:
+            if layout.fits(block):
+                return layout
+        parts = ", ".join(name for name, _ in block.named_children())
+        raise UnsupportedModelError(
+            f"{type(block).__name__} of this {self.name} model has the parts {parts}, which is no known residual layout; "
+            "a version of transformers that is not supported, or a model that was changed"
+        )
+
+
+def vision_config(model: Any) -> Any:
+    return getattr(model.config, "vision_config", None) or model.config
+
+
+# ------------------------------------------------------------------ registry
+
+_architectures: dict[str, Architecture] = {}
+
+
+def register(architecture: Architecture) -> Architecture:
+    """Makes an architecture known. Its model types must not be taken by another one."""
+    for model_type in architecture.model_types:
+        known = _architectures.get(model_type)
+        if known is not None and known.name != architecture.name:
+            raise VLPruneError(f"model type {model_type!r} is taken by the architecture {known.name!r}")
+    _architectures.update(dict.fromkeys(architecture.model_types, architecture))
+    return architecture
+
+
+def architectures() -> list[Architecture]:
+    return list({a.name: a for a in _architectures.values()}.values())
+
+
+def architecture_of(model: Any) -> Architecture | None:
+    """By the model type of the model's config; None for one that is no known vision transformer."""
+    return _architectures.get(getattr(getattr(model, "config", None), "model_type", None) or "")

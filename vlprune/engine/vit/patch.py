@@ -1,0 +1,80 @@
+"""Installing a method into a vision transformer, and taking it out again without a trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from vlprune.blocks import BlockMethod
+from vlprune.engine.patch import ATTRIBUTE, forget_compiled, uninstall
+from vlprune.engine.vit import check
+from vlprune.engine.vit.architecture import Architecture, vision_config
+from vlprune.engine.vit.blocks import STATE, BlockState, KeyTap, Run, merging, original
+from vlprune.engine.vit.report import VitReport
+from vlprune.errors import UnsupportedMethodError, UnsupportedModelError
+from vlprune.method import Method, methods
+
+
+class VitPatch:
+    """One method in one vision transformer: its blocks are of a subclass of their class, and a hook reads their keys."""
+
+    def __init__(self, model: nn.Module, architecture: Architecture, method: Method):
+        if not isinstance(method, BlockMethod):
+            raise UnsupportedMethodError(
+                f"{method.name} prunes the visual tokens of a vision-language model, and {type(model).__name__} is a vision "
+                f"transformer on its own; methods for those: {', '.join(methods('vit'))}"
+            )
+        self.model, self.architecture, self.method = model, architecture, method
+        self.config = vision_config(model)
+        self.blocks = architecture.blocks_of(model)
+        self.run = Run(method, architecture.prefix(self.config), len(self.blocks))
+        self.states = [self._checked(index, block) for index, block in enumerate(self.blocks)]
+        self.handles: list[Any] = []
+
+    def _checked(self, index: int, block: nn.Module) -> BlockState:
+        name, width = self.architecture.name, self.config.hidden_size
+        layout = self.architecture.layout_of(block)
+        state = BlockState(self.run, index, layout, self.config.num_attention_heads, block)
+        state.as_tuple = check.residuals(name, block, layout, width)
+        state.required = tuple(check.blank_options(block, layout))
+        if self.method.proportional:
+            self._check_attention()
+            check.proportional(name, block, layout, width)
+        return state
+
+    def _check_attention(self) -> None:
+        implementation = getattr(self.config, "_attn_implementation", None) or ""
+        if "flash" in implementation or "flex" in implementation:
+            raise UnsupportedModelError(
+                f"the attention implementation {implementation} takes no weights of keys; load the model with "
+                "attn_implementation='sdpa', or apply the method with proportional=False"
+            )
+
+    @property
+    def ran(self) -> bool:
+        """Whether a forward has run."""
+        return bool(self.run.rows)
+
+    def report(self) -> VitReport:
+        return VitReport.of(self)
+
+    def install(self) -> None:
+        """Replaces a patch that is there already."""
+        uninstall(self.model)
+        self.model.__dict__[ATTRIBUTE] = self
+        for block, state in zip(self.blocks, self.states, strict=True):
+            key = block.get_submodule(state.layout.key)
+            self.handles.append(key.register_forward_hook(KeyTap(self.run, state.index)))
+            block.__class__ = merging(original(type(block)))
+            block.__dict__[STATE] = state
+        forget_compiled(self.model)
+
+    def uninstall(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        for block in self.blocks:
+            block.__class__ = original(type(block))
+            block.__dict__.pop(STATE, None)
+        self.model.__dict__.pop(ATTRIBUTE, None)
+        forget_compiled(self.model)
