@@ -9,6 +9,7 @@ from vlprune.methods.flowcut import FlowCut
 from vlprune.methods.hired import HiRED
 from vlprune.methods.mustdrop import MustDrop
 from vlprune.methods.snapkv import SnapKV
+from vlprune.methods.tome import ToMe
 from vlprune.methods.vispruner import VisPruner
 from vlprune.methods.vtc_cls import VTCCLS
 
@@ -23,6 +24,7 @@ __all__ = [
     "Random",
     "Resize",
     "SnapKV",
+    "ToMe",
     "Uniform",
     "VTCCLS",
     "VisPruner",
