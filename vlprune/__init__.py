@@ -33,6 +33,7 @@ from vlprune.methods import (
     SnapKV,
     ToMe,
     Uniform,
+    VisionZip,
     VisPruner,
     chain,
 )
@@ -94,6 +95,7 @@ __all__ = [
     "Values",
     "VisPruner",
     "VisionTokens",
+    "VisionZip",
     "applied",
     "apply",
     "chain",

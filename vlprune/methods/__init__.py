@@ -10,6 +10,7 @@ from vlprune.methods.hired import HiRED
 from vlprune.methods.mustdrop import MustDrop
 from vlprune.methods.snapkv import SnapKV
 from vlprune.methods.tome import ToMe
+from vlprune.methods.visionzip import VisionZip
 from vlprune.methods.vispruner import VisPruner
 from vlprune.methods.vtc_cls import VTCCLS
 
@@ -28,5 +29,6 @@ __all__ = [
     "Uniform",
     "VTCCLS",
     "VisPruner",
+    "VisionZip",
     "chain",
 ]

@@ -40,6 +40,16 @@ def equal_shares(layout: ImageLayout, count: int) -> list[int]:
     return apportion(count, [1.0] * layout.tiles, layout.available)
 
 
+@remembered
+def tiles_alike(layout: ImageLayout, count: int) -> list[tuple[int, int, Tensor]]:
+    """Tiles that can be computed on together: their share of ``count``, their patches in the prompt, and their indices."""
+    numbers = list(zip(equal_shares(layout, count), layout.available, strict=True))
+    return [
+        (share, available, torch.tensor([tile for tile, own in enumerate(numbers) if own == (share, available)]))
+        for share, available in dict.fromkeys(numbers)
+    ]
+
+
 def best_of_tiles(scores: Tensor, image: ImageTokens) -> Tensor:
     """Prompt indices of each tile's best patches by ``scores (tiles, patches)``, its equal share of the budget many."""
     order = top(in_picture(scores, image), scores.shape[1])
@@ -52,3 +62,8 @@ def _seats(layout: ImageLayout, count: int) -> Tensor:
     """Flat indices into ``(tiles, ranks)`` of the first ranks of each tile."""
     width = layout.placeholder.shape[1]
     return torch.cat([tile * width + torch.arange(share) for tile, share in enumerate(equal_shares(layout, count))])
+
+
+def rows_of(values: Tensor, patches: Tensor) -> Tensor:
+    """``(tiles, n, D)``: rows ``patches (tiles, n)`` of ``values (tiles, N, D)``."""
+    return values.gather(1, patches[..., None].expand(-1, -1, values.shape[-1]))

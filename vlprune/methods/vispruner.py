@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,7 +13,7 @@ from vlprune.image import ImageTokens, ModelShape, top
 from vlprune.kernels import bipartite_match
 from vlprune.method import Method, Selection, register
 from vlprune.methods.grids import with_separators
-from vlprune.methods.salience import KINDS, attention_of, attention_signal, equal_shares, in_picture
+from vlprune.methods.salience import KINDS, attention_of, attention_signal, in_picture, rows_of, tiles_alike
 from vlprune.signals import Hidden, ReceivedAttention, Signal
 
 AT_ONCE = 8
@@ -58,12 +57,9 @@ class VisPruner(Method):
         scores = in_picture(attention_of(image), image)
         order = top(scores, scores.shape[1])
         places = image.host(image.layout.placeholder)
-        alike: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for tile, numbers in enumerate(zip(equal_shares(image.layout, image.count), image.layout.available, strict=True)):
-            alike[numbers].append(tile)
         kept = []
-        for (count, available), tiles in alike.items():
-            which = image.host(torch.tensor(tiles))
+        for count, available, tiles in tiles_alike(image.layout, image.count):
+            which = image.host(tiles)
             patches = self._of_tiles(order[which][:, :available], hidden[which], count)
             kept.append(places[which].gather(1, patches).flatten())
         return Selection(with_separators(torch.cat(kept), image))
@@ -80,10 +76,6 @@ class VisPruner(Method):
 def _fewer(patches: Tensor, hidden: Tensor, spare: int) -> Tensor:
     """One round: ``patches (tiles, n)`` without up to ``spare`` of those that are most alike to another."""
     even, odd = patches[:, ::2], patches[:, 1::2]
-    likeness, _ = bipartite_match(_rows(hidden, even), _rows(hidden, odd))
+    likeness, _ = bipartite_match(rows_of(hidden, even), rows_of(hidden, odd))
     falling = even.gather(1, top(likeness, even.shape[1]))
     return torch.cat([falling[:, min(AT_ONCE, spare, even.shape[1]) :], odd], 1)
-
-
-def _rows(hidden: Tensor, patches: Tensor) -> Tensor:
-    return hidden.gather(1, patches[..., None].expand(-1, -1, hidden.shape[-1]))
