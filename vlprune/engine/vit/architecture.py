@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -16,8 +17,9 @@ from vlprune.errors import UnsupportedModelError, VLPruneError
 class Layout:
     """The two residual branches of a block, as the names of its submodules in the order in which they are called.
 
-    ``x + after(attention(norm(x)))``, then ``x + mlp(x)``. ``mask`` is the name of the attention's argument for what is added
-    to its logits, ``key`` the linear layer that makes its keys.
+    ``x + after(attention(norm(x)))``, then ``x + mlp(x)``; a parameter among them scales. ``mask`` is the name of the
+    attention's argument for what is added to its logits, ``key`` the module whose output are its keys, ``(B, N, heads x d)``
+    or ``(B, heads, N, d)``.
     """
 
     norm: str
@@ -32,14 +34,17 @@ class Layout:
         return (self.norm, self.attention, self.key, *self.after, *self.mlp)
 
     def fits(self, block: nn.Module) -> bool:
-        """Whether the block has all these submodules, and none besides them and what they hold."""
-        names = {name for name, _ in block.named_modules()}
+        """Whether the block has all these parts and no others, and its attention takes the mask."""
+        if not all(_has(block, path) for path in self.paths):
+            return False
         known = {path.split(".")[0] for path in self.paths}
-        return names.issuperset(self.paths) and known.issuperset(name for name, _ in block.named_children())
+        own = [*block.named_children(), *block.named_parameters(recurse=False)]
+        takes = inspect.signature(type(_part(block, self.attention)).forward).parameters
+        return known.issuperset(name for name, _ in own) and self.mask in takes
 
     def attend(self, block: nn.Module, x: Any, bias: Any, options: dict[str, Any]) -> Any:
         """What the attention branch adds to ``x (B, N, C)``; ``bias`` None or broadcastable to ``(B, heads, N, N)``."""
-        out = block.get_submodule(self.attention)(block.get_submodule(self.norm)(x), **{**options, self.mask: bias})
+        out = _part(block, self.attention)(_part(block, self.norm)(x), **{**options, self.mask: bias})
         return _through(block, self.after, out[0] if isinstance(out, tuple) else out)
 
     def feed(self, block: nn.Module, x: Any) -> Any:
@@ -48,25 +53,52 @@ class Layout:
 
 
 def _through(block: nn.Module, paths: tuple[str, ...], x: Any) -> Any:
+    """``x`` through modules; parameters scale it, and a part that is None does nothing."""
     for path in paths:
-        x = block.get_submodule(path)(x)
+        part = _part(block, path)
+        if part is not None:
+            x = part(x) if isinstance(part, nn.Module) else part * x
     return x
+
+
+def _part(block: Any, path: str) -> Any:
+    for name in path.split("."):
+        block = getattr(block, name)
+    return block
+
+
+def _has(block: nn.Module, path: str) -> bool:
+    try:
+        _part(block, path)
+    except AttributeError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class VitShape:
+    """``width`` of a row, attention ``heads``, ``prefix``: protected rows in front, ``attention``: its implementation."""
+
+    width: int
+    heads: int
+    prefix: int
+    attention: str = "sdpa"
 
 
 @dataclass(frozen=True)
 class Architecture:
     """A kind of vision transformer.
 
-    ``model_types``: of its config. ``blocks``: paths to the list of its blocks, the first that exists counts. ``layouts``: of
-    a block, by version of transformers. ``prefix``: how many rows in front are no patches, a function of the vision config.
-    ``refused``: parts of names of classes whose outputs cannot be put back together.
+    ``model_types``: of its config in transformers; of other libraries the package and the class, ``timm.VisionTransformer``.
+    ``blocks``: paths to the list of its blocks, the first that exists counts. ``layouts``: of a block, by version of the
+    library. ``shape``: of a model. ``refused``: parts of names of classes whose outputs cannot be put back together.
     """
 
     name: str
     model_types: tuple[str, ...]
     blocks: tuple[str, ...]
     layouts: tuple[Layout, ...]
-    prefix: Callable[[Any], int]
+    shape: Callable[[Any], VitShape]
     refused: tuple[str, ...] = field(default=("Backbone", "MaskedImageModeling"))
 
     def blocks_of(self, model: nn.Module) -> list[nn.Module]:
@@ -95,10 +127,6 @@ class Architecture:
         )
 
 
-def vision_config(model: Any) -> Any:
-    return getattr(model.config, "vision_config", None) or model.config
-
-
 # ------------------------------------------------------------------ registry
 
 _architectures: dict[str, Architecture] = {}
@@ -119,5 +147,7 @@ def architectures() -> list[Architecture]:
 
 
 def architecture_of(model: Any) -> Architecture | None:
-    """By the model type of the model's config; None for one that is no known vision transformer."""
-    return _architectures.get(getattr(getattr(model, "config", None), "model_type", None) or "")
+    """By the model type of the model's config, or by its class; None for one that is no known vision transformer."""
+    names = [getattr(getattr(model, "config", None), "model_type", None)]
+    names += [f"{cls.__module__.split('.')[0]}.{cls.__name__}" for cls in type(model).__mro__]
+    return next((_architectures[name] for name in names if name in _architectures), None)

@@ -18,7 +18,7 @@ ORIGINAL = "_vlprune_original"
 """Attribute of a merging class: the class it was made of."""
 STATE = "_vlprune_block"
 """Attribute of a merging block: its :class:`BlockState`."""
-MASKS = ("attention_mask", "causal_attention_mask", "head_mask")
+MASKS = ("attention_mask", "causal_attention_mask", "head_mask", "attn_mask")
 
 
 class Run:
@@ -85,7 +85,7 @@ def key_bias(sizes: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class KeyTap:
-    """A hook on the linear layer that makes a block's keys."""
+    """A hook on the module that hands out a block's keys."""
 
     def __init__(self, run: Run, block: int):
         self.run, self.block = run, block
@@ -109,6 +109,10 @@ class BlockState:
         named = {**dict(zip(self.names, args, strict=False)), **kwargs}
         if any(named.get(name) is not None for name in MASKS):
             raise VLPruneError("an attention mask for patches was given, and merged rows cannot follow it; pass none")
+        if named.get("is_causal") or named.get("rope") is not None:
+            raise VLPruneError(
+                "causal attention and rotary positions are by the places of rows, which merged rows do not keep"
+            )
         if named.get("output_attentions"):
             raise VLPruneError("attention maps of merged rows cannot be given out: output_attentions=True is not allowed")
         return {name: value for name, value in named.items() if name not in MASKS or name in self.required}
@@ -126,7 +130,8 @@ def forward(block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     x = x + state.layout.attend(block, x, run.bias(index, x), state.options(args, kwargs))
     keys, run.keys[index] = run.keys[index], None
     assert keys is not None
-    x = run.merge(index, x, keys.unflatten(-1, (state.heads, -1)).mean(2, dtype=torch.float32))
+    keys = keys.transpose(1, 2) if keys.ndim == 4 else keys.unflatten(-1, (state.heads, -1))
+    x = run.merge(index, x, keys.mean(2, dtype=torch.float32))
     x = x + state.layout.feed(block, x)
     if index + 1 == run.blocks:
         x = run.restore(x)

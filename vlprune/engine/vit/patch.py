@@ -9,7 +9,7 @@ from torch import nn
 from vlprune.blocks import BlockMethod
 from vlprune.engine.patch import ATTRIBUTE, forget_compiled, uninstall
 from vlprune.engine.vit import check
-from vlprune.engine.vit.architecture import Architecture, vision_config
+from vlprune.engine.vit.architecture import Architecture, Layout
 from vlprune.engine.vit.blocks import STATE, BlockState, KeyTap, Run, merging, original
 from vlprune.engine.vit.report import VitReport
 from vlprune.errors import UnsupportedMethodError, UnsupportedModelError
@@ -26,16 +26,18 @@ class VitPatch:
                 f"transformer on its own; methods for those: {', '.join(methods('vit'))}"
             )
         self.model, self.architecture, self.method = model, architecture, method
-        self.config = vision_config(model)
         self.blocks = architecture.blocks_of(model)
-        self.run = Run(method, architecture.prefix(self.config), len(self.blocks))
-        self.states = [self._checked(index, block) for index, block in enumerate(self.blocks)]
+        layouts = [architecture.layout_of(block) for block in self.blocks]
+        self.shape = architecture.shape(model)
+        self.run = Run(method, self.shape.prefix, len(self.blocks))
+        self.states = [
+            self._checked(index, block, layout) for index, (block, layout) in enumerate(zip(self.blocks, layouts, strict=True))
+        ]
         self.handles: list[Any] = []
 
-    def _checked(self, index: int, block: nn.Module) -> BlockState:
-        name, width = self.architecture.name, self.config.hidden_size
-        layout = self.architecture.layout_of(block)
-        state = BlockState(self.run, index, layout, self.config.num_attention_heads, block)
+    def _checked(self, index: int, block: nn.Module, layout: Layout) -> BlockState:
+        name, width = self.architecture.name, self.shape.width
+        state = BlockState(self.run, index, layout, self.shape.heads, block)
         state.as_tuple = check.residuals(name, block, layout, width)
         state.required = tuple(check.blank_options(block, layout))
         if self.method.proportional:
@@ -44,7 +46,7 @@ class VitPatch:
         return state
 
     def _check_attention(self) -> None:
-        implementation = getattr(self.config, "_attn_implementation", None) or ""
+        implementation = self.shape.attention
         if "flash" in implementation or "flex" in implementation:
             raise UnsupportedModelError(
                 f"the attention implementation {implementation} takes no weights of keys; load the model with "

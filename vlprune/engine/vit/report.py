@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 if TYPE_CHECKING:
-    from vlprune.engine.vit.blocks import BlockState
     from vlprune.engine.vit.patch import VitPatch
 
 
@@ -67,22 +66,21 @@ class VitReport:
 
 def _flops(patch: VitPatch, rows: list[int]) -> int:
     """Of the blocks, where block ``i`` is given ``rows[i]`` rows and its MLP ``rows[i + 1]``."""
-    width = patch.config.hidden_size
     total = 0
     for state, block in zip(patch.states, patch.blocks, strict=True):
         before, after = rows[state.index], rows[state.index + 1]
-        attention = _linear(block, _tops(state, attention=True))
-        mlp = _linear(block, _tops(state, attention=False))
-        total += 2 * before * attention + 2 * after * mlp + 4 * before * before * width
+        attention = _linear(block, (state.layout.attention, *state.layout.after))
+        total += (
+            2 * before * attention + 2 * after * _linear(block, state.layout.mlp) + 4 * before * before * patch.shape.width
+        )
     return total
-
-
-def _tops(state: BlockState, attention: bool) -> tuple[str, ...]:
-    layout = state.layout
-    return (layout.attention, *layout.after) if attention else layout.mlp
 
 
 def _linear(block: nn.Module, paths: tuple[str, ...]) -> int:
     """Multiplications of the linear layers at and below ``paths``, for one row."""
-    found = {m for path in paths for m in block.get_submodule(path).modules() if isinstance(m, nn.Linear)}
-    return sum(module.in_features * module.out_features for module in found)
+    layers = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    return sum(
+        layer.in_features * layer.out_features
+        for name, layer in layers.items()
+        if any(f"{name}.".startswith(f"{path}.") for path in paths)
+    )
