@@ -260,6 +260,7 @@ FAMILIES: dict[str, Entry] = {
 }
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "holov": [{"chunks": 3}],
     "visionzip": [{"contextual": 0.4}],
     "vispruner": [{"important": 0.3}],
     "vtc-cls": [{}, {"layer": 1}],

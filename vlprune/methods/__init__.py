@@ -7,6 +7,7 @@ from vlprune.methods.fastervlm import FasterVLM
 from vlprune.methods.fastv import FastV
 from vlprune.methods.flowcut import FlowCut
 from vlprune.methods.hired import HiRED
+from vlprune.methods.holov import HoloV
 from vlprune.methods.mustdrop import MustDrop
 from vlprune.methods.snapkv import SnapKV
 from vlprune.methods.tome import ToMe
@@ -20,6 +21,7 @@ __all__ = [
     "FasterVLM",
     "FlowCut",
     "HiRED",
+    "HoloV",
     "MustDrop",
     "Pool",
     "Random",

@@ -23,10 +23,30 @@ def attention_of(image: ImageTokens) -> Tensor:
     return torch.stack(layers).sum(0)
 
 
+def number_or_lowest(scores: Tensor) -> Tensor:
+    """``scores`` without NaN and infinities; NaN ranks behind all else."""
+    lowest = torch.finfo(scores.dtype).min
+    return scores.nan_to_num(nan=lowest, neginf=lowest)
+
+
+def attention_by_place(image: ImageTokens) -> Tensor:
+    """:func:`attention_of` of each place in the prompt ``(total,)``; 0 for row ends."""
+    attention, total = attention_of(image), image.layout.total
+    places = image.host(image.layout.placeholder)
+    # One more place takes what lies in the padding.
+    by_place = attention.new_zeros(total + 1)
+    return by_place.scatter(0, torch.where(places < 0, total, places).flatten(), attention.flatten())[:total]
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """Place of every one in its row's order, best first: ``(rows, n)``."""
+    order = top(scores, scores.shape[1])
+    return torch.empty_like(order).scatter_(1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order))
+
+
 def in_picture(scores: Tensor, image: ImageTokens) -> Tensor:
     """``scores (tiles, patches)`` that rank what is no number behind all else, and patches in the padding behind that."""
-    lowest = torch.finfo(scores.dtype).min
-    ranked = scores.nan_to_num(nan=lowest, neginf=lowest)
+    ranked = number_or_lowest(scores)
     return ranked.masked_fill(image.host(image.layout.placeholder) < 0, -torch.inf)
 
 
