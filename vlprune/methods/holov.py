@@ -35,8 +35,9 @@ class HoloV(Method):
     by less than 1e-6, it hardly changes how runs compare.
 
     Deviations from the official code: what a run cannot take goes to the others, the highest scores first (there: rows of
-    zeros take its place; in the paper it is redistributed); kept tokens keep their order and positions; each image has a budget and runs of its own; scores are float32. Row ends are dropped, as there, unless the budget exceeds
-    the patches. Encoders without [CLS]: the attention that a patch receives, in the order of the prompt.
+    zeros take its place; in the paper it is redistributed); kept tokens keep their order and positions; each image has a
+    budget and runs of its own; scores are float32. Row ends are dropped, as there, unless the budget exceeds the patches.
+    Encoders without [CLS]: the attention that a patch receives, in the order of the prompt.
     """
 
     paper: ClassVar[str] = "Zou et al., HoloV, NeurIPS 2025, arXiv:2510.02912"
