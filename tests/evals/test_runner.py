@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 import vlprune
@@ -368,7 +369,9 @@ def test_odd_samples_are_recorded_and_nothing_is_lost(tmp_path: Path):
     assert [(row["method"], row["id"]) for row in rows] == [(s.method, e.id) for s in settings for e in Odd().examples()]
     failed = {row["id"]: row["error"] for row in rows if row["error"]}
     # LLaVA-NeXT's own code fails on strips so thin that no row of patches is left, its tokenizer on half a character.
-    assert failed.keys() == {"no image", "no file", "wide", "surrogate"}, failed
+    # Image processors of transformers 4.57 take an image of one pixel for one with a single channel.
+    dot = {"dot"} if int(transformers.__version__.split(".")[0]) < 5 else set()
+    assert failed.keys() == {"no image", "no file", "wide", "surrogate"} | dot, failed
     assert failed["no image"].startswith("ImageError: no image: 10 bytes that cannot be read as an image")
     assert "0x" not in failed["no image"]
     assert {(row["id"], row["error"]) for row in rows if row["prediction"] is None} == set(failed.items())
