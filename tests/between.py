@@ -28,22 +28,22 @@ SHAPES = {"[CLS]": CLIP, "no [CLS]": SIGLIP}
 
 def _one_hot(*shape: int) -> Tensor:
     """Many exact duplicates and right angles."""
-    return torch.nn.functional.one_hot(torch.arange(math.prod(shape)).view(shape) * 7 % 5, 6).float()
+    return torch.nn.functional.one_hot(torch.arange(math.prod(shape)).view(shape) * 7 % 3, 4).float()
 
 
 def _dominant(*shape: int) -> Tensor:
-    values = torch.full((*shape, 6), 0.125)
-    values.view(-1, 6)[shape[-1] // 2] = torch.tensor([8.0, -8, 8, -8, 8, -8])
+    values = torch.full((*shape, 4), 0.125)
+    values.view(-1, 4)[shape[-1] // 2] = torch.tensor([8.0, -8, 8, -8])
     return values
 
 
 CONTENTS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "ties": (lambda g, *shape: torch.randint(1, 4, shape, generator=g) / 16, lambda g, *shape: _one_hot(*shape)),
-    "zeros": (lambda g, *shape: torch.zeros(shape), lambda g, *shape: torch.zeros(*shape, 6)),
-    "constant": (lambda g, *shape: torch.full(shape, 0.25), lambda g, *shape: torch.ones(*shape, 6)),
+    "zeros": (lambda g, *shape: torch.zeros(shape), lambda g, *shape: torch.zeros(*shape, 4)),
+    "constant": (lambda g, *shape: torch.full(shape, 0.25), lambda g, *shape: torch.ones(*shape, 4)),
     "one dominant token": (lambda g, *shape: _spike(*shape), lambda g, *shape: _dominant(*shape)),
 }
-"""Attention ``(tiles, heads, patches)`` and vectors ``(..., 6)``, adversarial. Sums of four of them are exact."""
+"""Attention ``(tiles, heads, patches)`` and vectors ``(..., 4)``, adversarial. Means of four and cosines are exact."""
 
 
 def _spike(*shape: int) -> Tensor:
@@ -62,7 +62,7 @@ def image(
         return torch.randn(*size, generator=generator)
 
     weights, vectors = CONTENTS.get(
-        content, (lambda g, *size: noise(*size).mul(2).softmax(-1), lambda g, *size: noise(*size, 6))
+        content, (lambda g, *size: noise(*size).mul(2).softmax(-1), lambda g, *size: noise(*size, 4))
     )
     tiles, patches = layout.placeholder.shape
     signals = {}

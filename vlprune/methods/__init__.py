@@ -10,6 +10,7 @@ from vlprune.methods.hired import HiRED
 from vlprune.methods.holov import HoloV
 from vlprune.methods.mustdrop import MustDrop
 from vlprune.methods.snapkv import SnapKV
+from vlprune.methods.todre import ToDRE
 from vlprune.methods.tome import ToMe
 from vlprune.methods.visionzip import VisionZip
 from vlprune.methods.vispruner import VisPruner
@@ -27,6 +28,7 @@ __all__ = [
     "Random",
     "Resize",
     "SnapKV",
+    "ToDRE",
     "ToMe",
     "Uniform",
     "VTCCLS",
