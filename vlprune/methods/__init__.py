@@ -6,6 +6,7 @@ from vlprune.methods.divprune import DivPrune
 from vlprune.methods.fastervlm import FasterVLM
 from vlprune.methods.fastv import FastV
 from vlprune.methods.flowcut import FlowCut
+from vlprune.methods.globalcom2 import GlobalCom2
 from vlprune.methods.hired import HiRED
 from vlprune.methods.holov import HoloV
 from vlprune.methods.mustdrop import MustDrop
@@ -21,6 +22,7 @@ __all__ = [
     "FastV",
     "FasterVLM",
     "FlowCut",
+    "GlobalCom2",
     "HiRED",
     "HoloV",
     "MustDrop",
