@@ -228,6 +228,8 @@ def test_methods_and_models_that_do_not_fit_are_refused_by_name():
         vlprune.apply(model, "hired")
     with pytest.raises(vlprune.UnsupportedMethodError, match="tome acts in the stage reduce"):
         vlprune.apply(zoo.build("llava"), "tome")
+    with pytest.raises(vlprune.UnsupportedModelError, match=r"Linear.*LLaVA.*on their own: .*DINOv2"):
+        vlprune.apply(nn.Linear(1, 1), "tome")
     assert traces(model) == found
     assert "tome" not in vlprune.methods()
     assert list(vlprune.methods("vit")) == ["tome"]

@@ -267,4 +267,8 @@ def family_of(model: Any) -> Family:
 
 
 def _listed() -> str:
-    return ", ".join(f"{family.name} ({', '.join(family.model_types)})" for family in families())
+    from vlprune.engine.vit.architecture import architectures  # whose package imports this module
+
+    alone = architectures()
+    known, more = (", ".join(f"{each.name} ({', '.join(each.model_types)})" for each in some) for some in (families(), alone))
+    return f"{known}; vision transformers on their own: {more}" if more else known
