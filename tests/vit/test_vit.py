@@ -176,6 +176,13 @@ def test_gradients_are_those_with_activation_checkpointing(name):
     assert close(*gradients, 1e-5)
 
 
+def test_no_activations_are_kept_and_a_trained_model_can_be_copied():
+    model = vlprune.apply(build("clip").train(), "tome", r=[0, 2])
+    model(pixel_values=images()).last_hidden_state.sum().backward()
+    assert model._vlprune.run.keys == [None] * 4
+    copy.deepcopy(model)
+
+
 def test_images_of_other_sizes_get_their_own_counts():
     model = vlprune.apply(build("dinov2"), "tome", budget=0.5)
     for size in ((42, 42), (28, 56), (21, 35)):

@@ -126,7 +126,9 @@ def forward(block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         run.begin(x)
     if run.idle(index):
         run.hand_on(index)
-        return original(type(block)).forward(block, x, *args, **kwargs)
+        out = original(type(block)).forward(block, x, *args, **kwargs)
+        run.keys[index] = None
+        return out
     x = x + state.layout.attend(block, x, run.bias(index, x), state.options(args, kwargs))
     keys, run.keys[index] = run.keys[index], None
     assert keys is not None
