@@ -12,6 +12,7 @@ from vlprune.errors import OptionError
 from vlprune.image import ImageLayout, ImageTokens, ModelShape, top
 from vlprune.method import Method, Selection, register
 from vlprune.methods.grids import with_separators
+from vlprune.methods.salience import ranks
 from vlprune.signals import ClsAttention, MeanAttention, Signal
 
 EARLY, LATE = ClsAttention(layer=0), ClsAttention(layer=-2)
@@ -59,14 +60,14 @@ class HiRED(Method):
         layout = image.layout
         places = image.host(layout.placeholder)
         early, late = _attention(image)
-        ranks = _ranks(late.sum(1).masked_fill(places < 0, -torch.inf))
+        place = ranks(late.sum(1).masked_fill(places < 0, -torch.inf))
         count = min(image.count, sum(layout.available))
         # The seat of rank r in a tile of quota q is worth q - (r + 1): the best seats are each tile's whole part, then the
         # largest remainders. Only crops compete for those, and no seat lies in the padding.
         quotas = self._quotas(early, image, count)
-        worth = quotas[:, None] - (ranks + 1)
+        worth = quotas[:, None] - (place + 1)
         if layout.thumbnail:
-            worth[0].masked_fill_(ranks[0] >= quotas[0], -1e9)
+            worth[0].masked_fill_(place[0] >= quotas[0], -1e9)
         keep = places.flatten()[top(worth.masked_fill(places < 0, -torch.inf).flatten(), count)]
         return Selection(with_separators(keep, image))
 
@@ -104,9 +105,3 @@ def _attention(image: ImageTokens) -> tuple[Tensor, Tensor]:
         return image[EARLY], image[LATE]
     layers = {signal.layer or 0: values for signal, values in image.signals.items() if isinstance(signal, MeanAttention)}
     return layers[0], layers[max(layers)]
-
-
-def _ranks(scores: Tensor) -> Tensor:
-    """Place of every patch in its tile's order, best first: ``(tiles, N)``."""
-    order = top(scores, scores.shape[1])
-    return torch.empty_like(order).scatter_(1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order))
