@@ -37,9 +37,7 @@ class VTCCLS(Method):
         super().__post_init__()
         whole = isinstance(self.layer, int) and not isinstance(self.layer, bool) and self.layer >= 0
         if not whole and not (isinstance(self.layer, float) and 0 < self.layer < 1):
-            raise OptionError(
-                f"layer={self.layer!r}: allowed is a block >= 0 (int) or a fraction of the depth in (0, 1)"
-            )
+            raise OptionError(f"layer={self.layer!r}: allowed is a block >= 0 (int) or a fraction of the depth in (0, 1)")
 
     def wants(self, shape: ModelShape) -> tuple[Signal, ...]:
         first = self.layer if isinstance(self.layer, int) else round(self.layer * shape.vision_layers)
