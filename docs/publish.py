@@ -63,15 +63,20 @@ def _take(folder: Path) -> None:
     page = PAGES[model]
     (DOCS / "images").mkdir(exist_ok=True)
     shutil.copy(folder / "accuracy.png", DOCS / page.picture)
-    shutil.copy(folder / "summary.json", DOCS / page.summary)
+    (DOCS / page.summary).write_text(_without_folder(folder / "summary.json"))
     others = ", ".join(f"[{other}]({Path(p.page).name})" for other, p in PAGES.items() if other != model and _is_there(p))
     also = f" Also measured: {others}." if others else ""
     text = (
-        f"# Measured: {model}\n\n{(folder / 'table.md').read_text()}\n"
+        f"# Measured: {model}\n\n{_without_folder(folder / 'table.md')}\n"
         f"Curves are drawn by the mean over the LLM's layers, of a method that only evicts by what is left in the cache."
         f"{also}\n\n![Accuracy against visual tokens](../{page.picture})\n"
     )
     (DOCS / page.page).write_text(text)
+
+
+def _without_folder(path: Path) -> str:
+    """A file of a run; commands in it do not tell where the rows went."""
+    return re.sub(r" --out [^\s`\"]+", "", path.read_text())
 
 
 def _settings(summary: Summary) -> list[Summary]:
