@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ def schedule_of(workload: Workload) -> Schedule:
     """What the method that has just run left; call it while it is applied."""
     import vlprune
 
-    patch, report = patch_of(workload.model), vlprune.report(workload.model)
+    patch, report = patch_of(workload.model), cast(vlprune.Report, vlprune.report(workload.model))
     assert patch is not None
     assert patch.prefill is not None
     prefill, parts, batch = patch.prefill, workload.parts, workload.batch

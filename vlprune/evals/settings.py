@@ -13,7 +13,9 @@ from vlprune.errors import BudgetError, OptionError
 from vlprune.method import Method, make
 
 UNPRUNED = "none"
-METHODS = "none,hired,flowcut,mustdrop:0.4:0.2:0.15,fastv:0.8:0.6:0.45,snapkv,divprune,random,uniform:1.0:0.4:0.2:0.1,pool,resize"
+METHODS = (
+    "none,hired,flowcut,mustdrop:0.4:0.2:0.15,fastv:0.8:0.6:0.45,snapkv,divprune,random,uniform:1.0:0.4:0.2:0.1,pool,resize"
+)
 """What is measured by default. FastV and MustDrop cannot reach the lowest budgets of the others; ``uniform:1.0`` is a check:
 nothing may be lost there."""
 BUDGETS = "0.4,0.2,0.1"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vlprune.kernels.bipartite_match.reference import inverse_norms, products, ready
+from vlprune.kernels.bipartite_match.reference import inverse_norms, products, ready, wide
 
 AT_ONCE = 2**26
 """Cosines that are kept at one time, at most: 256 MB in float32."""
@@ -37,64 +37,82 @@ def _of_some(
     features: Tensor, count: int, start: Tensor | None, valid: Tensor | None, rounded: bool, rounds: Rounds
 ) -> Tensor:
     cosines = Cosines(features, rounded)
-    nearest = torch.full_like(cosines.scale, -math.inf).masked_fill_(~cosines.known, LAST)
+    nearest = torch.full_like(cosines.known, -math.inf, dtype=cosines.wide).masked_fill_(~cosines.known, LAST)
+    neighbours = cosines.known
     if valid is not None:
-        nearest = nearest.masked_fill(~valid, math.inf)
+        nearest, neighbours = nearest.masked_fill(~valid, math.inf), neighbours & valid
     if features.shape[1] ** 2 > AT_ONCE:
-        first = _loneliest(cosines, nearest, valid) if start is None else start
+        first = _loneliest(nearest, neighbours, cosines.block) if start is None else start
         return _rounds(cosines.of, nearest, first, count)
-    matrix = cosines.matrix()
-    first = _loneliest(cosines, nearest, valid, matrix) if start is None else start
+    matrix = cosines.block(0, features.shape[1])
+    if start is None:
+        # It may write into the matrix: what a point is to itself, or one that is no neighbour to others, is not asked again.
+        first = _loneliest(nearest, neighbours, lambda some, rows: matrix[:, some : some + rows])
+    else:
+        first, samples = start, torch.arange(len(start), device=start.device)
+        matrix[samples, start] = matrix[samples, start].masked_fill(~cosines.known.gather(1, start[:, None]), -math.inf)
     return rounds(matrix, nearest, first, count)
 
 
 class Cosines:
-    """The cosines between the points of ``features (B, N, D)``, less 1 if ``rounded``; -inf where they are not numbers."""
+    """The cosines between the points of ``features (B, N, D)``, less 1 if ``rounded``.
+
+    ``known (B, N)``: points that are numbers. The cosines of others are 0, and those who ask leave them out.
+    """
 
     def __init__(self, features: Tensor, rounded: bool):
-        self.dtype = features.dtype
-        self.rounded = rounded
-        self.scale = inverse_norms(features)
-        self.known = self.scale > 0
+        self.dtype, self.wide, self.rounded = features.dtype, wide(features.dtype), rounded
+        scale = inverse_norms(features)
+        self.known = scale > 0
+        self.scale = None
+        rows = ready(features)
         if rounded:
             norms = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
-            features = features / norms.masked_fill(norms == 0, 1)
-        self.rows = ready(features)
+            rows = ready(features / norms.masked_fill(norms == 0, 1))
+        elif rows.dtype == self.wide:
+            rows = rows * scale[..., None]
+        else:  # halves would be rounded once more
+            self.scale = scale.masked_fill(~self.known, 0)
+        self.rows = rows.masked_fill(~self.known[..., None], 0)
 
-    def between(self, rows: Tensor, scale: Tensor) -> Tensor:
+    def _between(self, rows: Tensor, scale: Tensor | None) -> Tensor:
         """``(B, M, N)`` of some ``rows (B, M, D)``, whose inverse norms are ``scale (B, M)``, with all points."""
         out = products(rows, self.rows)
         if self.rounded:  # distances are rounded once more, and coarsely around 1; what counts is their order
-            out.copy_(out.to(self.dtype).sub_(1))
-        else:
+            out = (out.to(self.dtype) - 1).to(out.dtype)
+        elif self.scale is not None and scale is not None:
             out *= self.scale[:, None]
             out *= scale[..., None]
-        return out.nan_to_num_(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
-
-    def matrix(self) -> Tensor:
-        return self.between(self.rows, self.scale)
+        return out
 
     def block(self, first: int, rows: int) -> Tensor:
-        return self.between(self.rows[:, first : first + rows], self.scale[:, first : first + rows])
+        """``(B, rows, N)`` of the points from ``first`` on."""
+        some = slice(first, first + rows)
+        return self._between(self.rows[:, some], None if self.scale is None else self.scale[:, some])
 
     def of(self, point: Tensor) -> Tensor:
-        """``(B, N)`` of one point of each sample."""
+        """``(B, N)`` of one point of each sample, -inf if it is not a number."""
         index = point.clamp(min=0)[:, None]
         row = self.rows.gather(1, index[..., None].expand(-1, -1, self.rows.shape[2]))
-        return self.between(row, self.scale.gather(1, index))[:, 0]
+        out = self._between(row, None if self.scale is None else self.scale.gather(1, index))[:, 0]
+        return out.masked_fill(~self.known.gather(1, index), -math.inf)
 
 
-def _loneliest(cosines: Cosines, nearest: Tensor, valid: Tensor | None, matrix: Tensor | None = None) -> Tensor:
-    """``(B,)`` the point of each sample whose highest cosine to another is lowest, -1 where there is none."""
-    points, block = nearest.shape[1], max(1, AT_ONCE // (16 * nearest.numel()))
+def _loneliest(nearest: Tensor, neighbours: Tensor, block_of: Callable[[int, int], Tensor]) -> Tensor:
+    """``(B,)`` the point of each sample whose highest cosine to another is lowest, -1 where there is none.
+
+    ``neighbours (B, N)``: the points that count. ``block_of(first, rows)``: cosines ``(B, rows, N)``, which are overwritten.
+    """
+    points, step = nearest.shape[1], max(1, AT_ONCE // (16 * nearest.numel()))
+    # A GPU is not waited for; a CPU is spared a pass over the matrix.
+    everyone = not neighbours.is_cuda and bool(neighbours.all())
     highest = torch.empty_like(nearest)
-    for first in range(0, points, block):
-        some = slice(first, first + block)
-        rows = cosines.block(first, block) if matrix is None else matrix[:, some].clone()
+    for first in range(0, points, step):
+        rows = block_of(first, step)
         rows.diagonal(first, 1, 2).fill_(-math.inf)
-        if valid is not None:
-            rows.masked_fill_(~valid[:, None], -math.inf)
-        highest[:, some] = rows.amax(-1)
+        if not everyone:
+            rows.masked_fill_(~neighbours[:, None], -math.inf)
+        highest[:, first : first + step] = rows.amax(-1)
     return _lowest(torch.maximum(nearest, highest))
 
 
