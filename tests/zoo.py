@@ -307,7 +307,8 @@ def thinned(cases: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     the methods of ``WHOLE``. Of such a method's own code the model is all that matters: its layout, its signals. So it meets
     every family and every cell (attention x cache x prompt, say) that its cases have, each at least once, but not
     every family in every cell. Which family meets which cell turns with the method's name, so a zoo of them meets most pairs.
-    All other methods keep all cases.
+    The same holds for the second and further variants of any method: they choose otherwise on the first one's way through
+    the engine. All others keep all cases.
     """
     groups: dict[tuple[str, str], list[tuple[Any, ...]]] = {}
     for case in cases:
@@ -316,6 +317,8 @@ def thinned(cases: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
 
 
 def _sampled(name: str, options: dict[str, Any]) -> bool:
+    if options != VARIANTS.get(name, [{}])[0]:
+        return True
     method = vlprune.methods()[name](**options)
     return method.stages == ("select",) and not method.resizes and name not in WHOLE
 
