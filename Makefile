@@ -13,6 +13,7 @@ PIP := bin/pip -qq
 # One thread a worker, or two workers share the cores badly; and nothing here needs the network.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST := bin/pytest -n 2
+NO_TRANSFORMERS := $(patsubst %,--ignore=tests/evals/test_%.py,benchmarks compare metrics recipes synthvqa vqa_normalisation)
 
 .PHONY: help
 help:
@@ -38,8 +39,8 @@ run: env
 test: env env-oldest lint types
 	@echo "Tests, with the newest transformers:"
 	@$(TEST_ENV) .venv/$(PYTEST) $(PYTEST_ARGS)
-	@echo "The same tests, with the oldest transformers (wheel and kernels do not depend on it):"
-	@$(TEST_ENV) .venv-oldest/$(PYTEST) --ignore=tests/test_packaging.py --ignore=tests/kernels $(PYTEST_ARGS)
+	@echo "The same tests, with the oldest transformers (wheel, kernels, data and metrics do not depend on it):"
+	@$(TEST_ENV) .venv-oldest/$(PYTEST) --ignore=tests/test_packaging.py --ignore=tests/kernels $(NO_TRANSFORMERS) $(PYTEST_ARGS)
 	@echo "All checks passed."
 
 .PHONY: lint
