@@ -344,8 +344,13 @@ def _fit(family: str, method: vlprune.Method) -> bool:
     wants = method.wants(vlprune.ModelShape(vision_layers=4, text_layers=4, feature_layer=2, has_cls=entry.cls))
     if not entry.cls and any(isinstance(signal, vlprune.ClsAttention) for signal in wants):
         return False
-    stages = next(f.stages for f in vlprune.supported_models() if entry.config().model_type in f.model_types)
-    return set(method.stages) <= set(stages) and (entry.resize or not method.resizes)
+    return set(method.stages) <= _stages(family) and (entry.resize or not method.resizes)
+
+
+@lru_cache
+def _stages(family: str) -> set[str]:
+    model_type = FAMILIES[family].config().model_type
+    return set(next(supported.stages for supported in vlprune.supported_models() if model_type in supported.model_types))
 
 
 def build(family: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
