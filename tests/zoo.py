@@ -295,32 +295,31 @@ def combinations(adaptive: bool = True) -> list[tuple[str, str, dict[str, Any]]]
     ]
 
 
-WHOLE = ("hired", "uniform", "pool")
-"""Methods of the stage ``select`` that go through every case: one asks for signals, one does not, one merges."""
+WHOLE = ("hired", "uniform", "pool", "resize", "flowcut", "mustdrop", "fastv", "snapkv")
+"""Methods that go through every case. Between them they take every way through the engine: each stage and each combination of
+stages, signals of both kinds, fixed and adaptive counts, merging, other image sizes, a choice a head. A method that takes a
+new way (a new stage, a new kind of signal) belongs here."""
 
 
 def thinned(cases: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     """``cases``, tuples of family, method, options and the cell of a matrix, without those that repeat what others show.
 
-    A method that has no stage but ``select`` gives the engine a list of rows and perhaps weights; what the engine then does
-    with attention, cache, padding and positions does not depend on which method it was, and is tested on every case with
-    the methods of ``WHOLE``. Of such a method's own code the model is all that matters: its layout, its signals. So it meets
-    every family and every cell (attention x cache x prompt, say) that its cases have, each at least once, but not
-    every family in every cell. Which family meets which cell turns with the method's name, so a zoo of them meets most pairs.
-    The same holds for the second and further variants of any method: they choose otherwise on the first one's way through
-    the engine. All others keep all cases.
+    A method gives the engine lists of rows and perhaps weights; what the engine then does with attention, cache, padding and
+    positions does not depend on which method it was, and is tested on every case with the methods of ``WHOLE``. Of another
+    method's own code the model is all that matters: its layout, its signals. So it meets every family and every cell
+    (attention x cache x prompt, say) that its cases have, each at least once, but not every family in every cell.
+    Which family meets which cell turns with the method's name, so a zoo of them meets most pairs. The same holds for
+    the second and further variants of any method: they choose otherwise on the first one's way through the engine.
     """
     groups: dict[tuple[str, str], list[tuple[Any, ...]]] = {}
     for case in cases:
         groups.setdefault((case[1], repr(case[2])), []).append(case)
-    return [case for name, group in groups.items() for case in (_cover(group) if _sampled(*group[0][1:3]) else group)]
+    return [case for name, group in groups.items() for case in (group if whole(*group[0][1:3]) else _cover(group))]
 
 
-def _sampled(name: str, options: dict[str, Any]) -> bool:
-    if options != VARIANTS.get(name, [{}])[0]:
-        return True
-    method = vlprune.methods()[name](**options)
-    return method.stages == ("select",) and not method.resizes and name not in WHOLE
+def whole(method: str, options: dict[str, Any]) -> bool:
+    """Whether the method keeps all its cases under these options."""
+    return method in WHOLE and options == VARIANTS.get(method, [{}])[0]
 
 
 def _cover(group: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
