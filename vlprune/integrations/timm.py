@@ -12,7 +12,8 @@ EVA_BLOCK = Layout(
 
 
 def shape(model: Any) -> VitShape:
-    return VitShape(model.embed_dim, model.blocks[0].attn.num_heads, model.num_prefix_tokens)
+    cls = getattr(model, "cls_token", None) is not None
+    return VitShape(model.embed_dim, model.blocks[0].attn.num_heads, model.num_prefix_tokens, cls=cls)
 
 
 def without_rope(model: Any) -> VitShape:

@@ -12,6 +12,13 @@ from torch import nn
 
 from vlprune.errors import UnsupportedModelError, VLPruneError
 
+COMPANIONS = {
+    "k_proj": {"queries": ("q_proj",), "values": ("v_proj",)},
+    "key": {"queries": ("query",), "values": ("value",)},
+    "k_norm": {"queries": ("q_norm",), "values": ("v_proj", "qkv")},
+}
+"""By the last name of the module that hands out keys: those beside it for queries and values."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -19,7 +26,7 @@ class Layout:
 
     ``x + after(attention(norm(x)))``, then ``x + mlp(x)``; a parameter among them scales. ``mask`` is the name of the
     attention's argument for what is added to its logits, ``key`` the module whose output are its keys, ``(B, N, heads x d)``
-    or ``(B, heads, N, d)``.
+    or ``(B, heads, N, d)``; those of its queries and values have names that go with it.
     """
 
     norm: str
@@ -32,6 +39,25 @@ class Layout:
     @property
     def paths(self) -> tuple[str, ...]:
         return (self.norm, self.attention, self.key, *self.after, *self.mlp)
+
+    def source(self, block: nn.Module, what: str) -> str | None:
+        """The name of the module that hands out the block's ``"queries"``, ``"keys"`` or ``"values"``, None if none does.
+
+        A fused projection hands out values as the last third of its output, unless a bias is added outside of it.
+        """
+        if what == "keys":
+            return self.key
+        front, _, last = self.key.rpartition(".")
+        outside = getattr(_part(block, self.attention), "q_bias", None) is not None
+        names = [name for name in COMPANIONS.get(last, {}).get(what, ()) if not (name == "qkv" and outside)]
+        paths = (f"{front}.{name}".lstrip(".") for name in names)
+        return next((path for path in paths if _has(block, path) and _part(block, path) is not None), None)
+
+    def scaling(self, block: nn.Module) -> float | None:
+        """What the block's attention multiplies its logits by, None if it does not say: then ``d ** -0.5``."""
+        attention = _part(block, self.attention)
+        said = getattr(attention, "scale", getattr(attention, "scaling", None))
+        return said if isinstance(said, float) else None
 
     def fits(self, block: nn.Module) -> bool:
         """Whether the block has all these parts and no others, and its attention takes the mask."""
@@ -77,12 +103,16 @@ def _has(block: nn.Module, path: str) -> bool:
 
 @dataclass(frozen=True)
 class VitShape:
-    """``width`` of a row, attention ``heads``, ``prefix``: protected rows in front, ``attention``: its implementation."""
+    """``width`` of a row, attention ``heads``, ``prefix``: protected rows in front, ``attention``: its implementation.
+
+    ``cls``: whether the first of the protected rows is [CLS].
+    """
 
     width: int
     heads: int
     prefix: int
     attention: str = "sdpa"
+    cls: bool = True
 
 
 @dataclass(frozen=True)

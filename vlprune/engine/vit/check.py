@@ -47,7 +47,7 @@ def proportional(name: str, block: nn.Module, layout: Layout, width: int) -> Non
         copies = torch.cat([x, *[x[:, -1:]] * (COPIES - 1)], 1)
         expected = layout.attend(block, copies, None, options)[:, :ROWS].float()
         plain = layout.attend(block, x, None, options).float()
-        sized = layout.attend(block, x, key_bias(sizes, x.dtype), options).float()
+        sized = layout.attend(block, x, key_bias(sizes.log(), x.dtype), options).float()
     rounding = 64 * torch.finfo(x.dtype).eps * expected.abs().amax()
     if not (sized - expected).abs().amax() <= 0.25 * (plain - expected).abs().amax() + rounding:
         raise UnsupportedModelError(

@@ -10,7 +10,7 @@ from vlprune.blocks import BlockMethod
 from vlprune.engine.patch import ATTRIBUTE, forget_compiled, uninstall
 from vlprune.engine.vit import check
 from vlprune.engine.vit.architecture import Architecture, Layout
-from vlprune.engine.vit.blocks import STATE, BlockState, KeyTap, Run, merging, original
+from vlprune.engine.vit.blocks import STATE, BlockState, Run, Tap, merging, original
 from vlprune.engine.vit.report import VitReport
 from vlprune.errors import UnsupportedMethodError, UnsupportedModelError
 from vlprune.method import Method, methods
@@ -29,6 +29,7 @@ class VitPatch:
         self.blocks = architecture.blocks_of(model)
         layouts = [architecture.layout_of(block) for block in self.blocks]
         self.shape = architecture.shape(model)
+        self._check_cls()
         self.run = Run(method, self.shape.prefix, len(self.blocks))
         self.states = [
             self._checked(index, block, layout) for index, (block, layout) in enumerate(zip(self.blocks, layouts, strict=True))
@@ -40,17 +41,30 @@ class VitPatch:
         state = BlockState(self.run, index, layout, self.shape.heads, block)
         state.as_tuple = check.residuals(name, block, layout, width)
         state.required = tuple(check.blank_options(block, layout))
-        if self.method.proportional:
+        if unread := [what for what in self.method.reads if layout.source(block, what) is None]:
+            raise UnsupportedMethodError(
+                f"{self.method.name} wants {' and '.join(unread)} of the blocks' attention, which {type(block).__name__} of "
+                f"this {name} model does not hand out"
+            )
+        if self.method.proportional or self.method.adaptive:
             self._check_attention()
             check.proportional(name, block, layout, width)
         return state
+
+    def _check_cls(self) -> None:
+        if self.method.needs_cls and not (self.shape.prefix and self.shape.cls):
+            others = [name for name, cls in methods("vit").items() if not getattr(cls, "needs_cls", False)]
+            raise UnsupportedMethodError(
+                f"{self.method.name} goes by the attention of [CLS], which {type(self.model).__name__} does not have; methods "
+                f"that do without: {', '.join(others)}"
+            )
 
     def _check_attention(self) -> None:
         implementation = self.shape.attention
         if "flash" in implementation or "flex" in implementation:
             raise UnsupportedModelError(
                 f"the attention implementation {implementation} takes no weights of keys; load the model with "
-                "attn_implementation='sdpa', or apply the method with proportional=False"
+                "attn_implementation='sdpa', or apply a method that merges with proportional=False"
             )
 
     @property
@@ -66,8 +80,11 @@ class VitPatch:
         uninstall(self.model)
         self.model.__dict__[ATTRIBUTE] = self
         for block, state in zip(self.blocks, self.states, strict=True):
-            key = block.get_submodule(state.layout.key)
-            self.handles.append(key.register_forward_hook(KeyTap(self.run, state.index)))
+            for what in ("keys", *self.method.reads):
+                source = state.layout.source(block, what)
+                assert source is not None
+                tap = Tap(self.run, state.index, what, third=source.endswith("qkv"))
+                self.handles.append(block.get_submodule(source).register_forward_hook(tap))
             block.__class__ = merging(original(type(block)))
             block.__dict__[STATE] = state
         forget_compiled(self.model)
