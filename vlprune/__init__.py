@@ -30,6 +30,7 @@ from vlprune.methods import (
     HoloV,
     MustDrop,
     Pool,
+    PyramidDrop,
     Random,
     Resize,
     SnapKV,
@@ -56,6 +57,7 @@ from vlprune.signals import (
 methods = _methods  # after the package vlprune.methods is imported, whose name the function takes here
 __version__ = "0.1.0"
 __all__ = [
+    "VTCCLS",
     "BudgetError",
     "CacheTokens",
     "ClsAttention",
@@ -83,6 +85,7 @@ __all__ = [
     "OptionError",
     "Plan",
     "Pool",
+    "PyramidDrop",
     "QueryAttention",
     "Random",
     "ReceivedAttention",
@@ -97,7 +100,6 @@ __all__ = [
     "UnsupportedMethodError",
     "UnsupportedModelError",
     "VLPruneError",
-    "VTCCLS",
     "Values",
     "VisPruner",
     "VisionTokens",

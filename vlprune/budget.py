@@ -76,14 +76,21 @@ def lengths(starts: Sequence[int], layers: int) -> list[int]:
 
 
 def geometric(first: int, lowest: int, lengths: Sequence[int], room: int) -> list[int]:
-    """Tokens in each stage: ``first``, then falling by one factor from stage to stage, but not below ``lowest``.
+    """Tokens in each stage: ``first``, then falling by one factor from stage to stage, but not below ``lowest``; see
+    :func:`shaped`."""
+    return shaped(first, lowest, range(1, len(lengths)), lengths, room)
 
-    The sum of count times length is at most ``room``, and as near to it as can be without a stage above the one before: what
-    rounding leaves goes to the longest stages. Raises :class:`BudgetError` if even ``lowest`` costs more.
+
+def shaped(first: int, lowest: int, exponents: Sequence[float], lengths: Sequence[int], room: int) -> list[int]:
+    """Tokens in each stage: ``first``, then ``first x factor^exponent`` of each later stage, but not below ``lowest``.
+
+    So the logarithms of published ratios give a published schedule its shape, and ``factor`` its budget: it is the highest at
+    which the sum of count times length is at most ``room``. What rounding leaves goes to the longest stages, none above the
+    one before. ``exponents`` must not fall. Raises :class:`BudgetError` if even ``lowest`` costs more.
     """
 
     def counts(factor: float) -> list[int]:
-        return [first] + [max(lowest, math.floor(first * factor**stage)) for stage in range(1, len(lengths))]
+        return [first] + [max(lowest, math.floor(first * factor**exponent)) for exponent in exponents]
 
     def cost(found: Sequence[int]) -> int:
         return sum(count * length for count, length in zip(found, lengths, strict=True))

@@ -10,6 +10,7 @@ from vlprune.methods.globalcom2 import GlobalCom2
 from vlprune.methods.hired import HiRED
 from vlprune.methods.holov import HoloV
 from vlprune.methods.mustdrop import MustDrop
+from vlprune.methods.pyramiddrop import PyramidDrop
 from vlprune.methods.snapkv import SnapKV
 from vlprune.methods.todre import ToDRE
 from vlprune.methods.tome import ToMe
@@ -18,6 +19,7 @@ from vlprune.methods.vispruner import VisPruner
 from vlprune.methods.vtc_cls import VTCCLS
 
 __all__ = [
+    "VTCCLS",
     "DivPrune",
     "FastV",
     "FasterVLM",
@@ -27,13 +29,13 @@ __all__ = [
     "HoloV",
     "MustDrop",
     "Pool",
+    "PyramidDrop",
     "Random",
     "Resize",
     "SnapKV",
     "ToDRE",
     "ToMe",
     "Uniform",
-    "VTCCLS",
     "VisPruner",
     "VisionZip",
     "chain",

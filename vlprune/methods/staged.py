@@ -1,0 +1,96 @@
+"""Methods that drop visual tokens before several layers of the LLM: where, and how many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vlprune import budget as budgets
+from vlprune.errors import OptionError
+from vlprune.image import ImageLayout, LayerTokens, ModelShape, top
+from vlprune.method import Method, Plan, Selection
+
+
+def scaled(layers: Sequence[int], of: int, depth: int) -> list[int]:
+    """``layers`` of an LLM of ``of`` layers, for one of ``depth``: none before layer 1; several may become one."""
+    return [min(max(1, round(layer * depth / of)), depth - 1) for layer in layers]
+
+
+@dataclass(kw_only=True)
+class StagedMethod(Method):
+    """A method that drops before several LLM layers, all tokens before the first of them, by a published schedule.
+
+    ``layers``: LLM layers before which tokens leave, ascending, at least 1. None: the published ones, scaled to the model.
+    ``keep``: tokens of an image (int), or fractions of them (float), from each of ``layers`` on, none above the one before;
+    ``budget`` does not count then. None: the published ratios, all raised to the power at which the mean over the LLM's
+    layers is the budget.
+    """
+
+    published: ClassVar[dict[int, float]]
+    """Layer -> tokens from it on, as a share of all."""
+    depth: ClassVar[int] = 32
+    """Layers of the LLM that ``published`` is for."""
+
+    budget: int | float = 0.5
+    layers: Sequence[int] | None = None
+    keep: Sequence[int | float] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers is not None:
+            self.layers = tuple(self.layers)
+            if not self.layers or list(self.layers) != sorted({layer for layer in self.layers if layer >= 1}):
+                raise OptionError(f"layers={self.layers!r}: allowed are layers of the LLM from 1 on, in ascending order")
+        if self.keep is not None:
+            self.keep = tuple(map(budgets.check, self.keep))
+            stages = len(self.layers or self.published)
+            if len(self.keep) != stages:
+                raise OptionError(f"keep={self.keep!r}: {stages} numbers are wanted, one for each of the layers")
+
+    def starts(self, depth: int) -> list[int]:
+        """``layers`` of an LLM of ``depth`` layers."""
+        if self.layers is None:
+            return scaled(list(self.published), self.depth, depth)
+        if self.layers[-1] >= depth:
+            raise OptionError(f"layers={self.layers!r}: this model's LLM has layers 0 to {depth - 1}")
+        return list(self.layers)
+
+    def plan(self, layout: ImageLayout, shape: ModelShape) -> Plan:
+        total = layout.total
+        counts = self._given(total, shape) if self.keep is not None else self._solved(total, shape)
+        stages = zip(counts.items(), [total, *counts.values()], strict=False)
+        return Plan(total, {start: now for (start, now), before in stages if now < before})
+
+    def _given(self, total: int, shape: ModelShape) -> dict[int, int]:
+        """``keep`` in tokens. Where layers become one, the last one counts."""
+        assert self.keep is not None
+        counts = [budgets.tokens(keep, total) for keep in self.keep]
+        if counts != sorted(counts, reverse=True):
+            raise OptionError(f"keep={self.keep!r} of {total} tokens is {counts}: what has left does not come back")
+        return dict(zip(self.starts(shape.text_layers), counts, strict=True))
+
+    def _solved(self, total: int, shape: ModelShape) -> dict[int, int]:
+        depth = shape.text_layers
+        exponents = dict(zip(self.starts(depth), self._exponents(), strict=True))
+        lengths = budgets.lengths(list(exponents), depth)
+        room, least = budgets.room(self.budget, total, depth), total * lengths[0] + depth - lengths[0]
+        if room < least:
+            raise budgets.unreachable(self.name, self.budget, total, least / depth)
+        counts = budgets.shaped(total, 1, list(exponents.values()), lengths, room)
+        return dict(zip(exponents, counts[1:], strict=True))
+
+    def _exponents(self) -> list[float]:
+        """Of ``layers``: those of the published ratios; equal factors where there are more or fewer layers than published."""
+        ratios = list(self.published.values())
+        if self.layers is not None and len(self.layers) != len(ratios):
+            return list(range(1, len(self.layers) + 1))
+        return [-math.log2(ratio) for ratio in ratios]
+
+
+def best(tokens: LayerTokens, scores: torch.Tensor) -> Selection:
+    """Keeps the visual tokens with the highest ``scores (N,)``."""
+    return Selection(top(scores, tokens.count).sort().values)
