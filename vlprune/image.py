@@ -157,8 +157,11 @@ class CacheTokens(_Measured):
     """One image in the KV cache of LLM layer ``layer``: what ``evict`` sees.
 
     ``keys``, ``values (kv_heads, N, head_dim)``: the entries of its visual tokens. ``positions (N,)``: their indices in the
-    image's run of placeholders. ``count``: how many are to be left. ``new_tokens``: tokens generated since the prompt was
-    read, 0 right after it. Signals are those of the forward just run.
+    image's run of placeholders, or ``(kv_heads, N)`` where heads hold different ones. ``count``: how many are to be left.
+    ``new_tokens``: tokens generated since the prompt was read, 0 right after it. Signals are those of the forward just run.
+    ``carry``: tensors ``(kv_heads or 1, N)`` that the method wants to see again when it is asked again; entries that leave,
+    leave there, too. ``output (heads, hidden, head_dim)``: weights of the layer's output projection, a slice a query head;
+    None where they are quantised or somewhere else.
     """
 
     layer: int
@@ -171,6 +174,8 @@ class CacheTokens(_Measured):
     shape: ModelShape
     signals: dict[Signal, Tensor] = field(default_factory=dict)
     notes: dict[str, Tensor] = field(default_factory=dict)
+    carry: dict[str, Tensor] = field(default_factory=dict)
+    output: Tensor | None = None
 
 
 def top(scores: Tensor, count: int) -> Tensor:

@@ -26,11 +26,23 @@ class Merge:
 
     ``target (N,)`` int64: which entry of ``Selection.keep`` a row adds to, -1 for none (a kept row names itself if it is
     to take part). ``weight (N,)`` or None for equal weights. A kept row becomes the weighted mean of the rows that name it.
-    In the vision encoder both have a leading dimension ``tiles``.
+    In the vision encoder both have a leading dimension ``tiles``, in the cache they may have one of ``kv_heads``.
     """
 
     target: Tensor
     weight: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """How kept rows become sums of rows, each of which may be part of several.
+
+    ``weight (T, N)`` float32: entry ``i`` of ``Selection.keep`` becomes the sum of ``weight[i, j]`` times row ``j``, so a row
+    that is to stay as it is has the weight 1 for itself and 0 elsewhere. In the vision encoder it has a leading dimension
+    ``tiles``. Where a row is part of one other only, :class:`Merge` needs less memory.
+    """
+
+    weight: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +53,7 @@ class Selection:
     """
 
     keep: Tensor
-    merge: Merge | None = None
+    merge: Merge | Mixture | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +115,18 @@ class Method:
     def every(self) -> int | None:
         """``evict`` is asked again each time so many tokens have been generated; None: only after the prompt."""
         return None
+
+    @property
+    def waits(self) -> bool:
+        """Whether ``evict`` is asked only when all layers have run: they then see what belongs to each of the layers."""
+        return False
+
+    def left(self, count: int, new_tokens: int) -> int:
+        """How many entries of ``count``, which the plan leaves in a cache, are left once ``new_tokens`` have been generated.
+
+        For methods that are asked ``every`` so many tokens.
+        """
+        return count
 
     def wants(self, shape: ModelShape) -> tuple[Signal, ...]:
         """The signals that the method needs of a model of this shape: ``needs`` unless overridden."""

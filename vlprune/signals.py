@@ -62,6 +62,48 @@ class QueryAttention(Signal):
 
 
 @dataclass(frozen=True)
+class AttentionColumns(Signal):
+    """Softmax attention that each visual token receives, summed over queries by their weights: ``(heads, patches)``. LLM only.
+
+    ``queries``: ``"all"``; ``"text"``; ``"after"``, the text behind the sequence's last visual token; ``"last"``, the last
+    token of the prompt; or a number, so many of its last text tokens. The last of them weighs 1, the one before ``decay``, and
+    so on. ``temperature``: divides the scores. ``noise``: seed of Gumbel noise on the scores, one number a key and a head of
+    keys, the same for all queries; None for none.
+    """
+
+    tower: Literal["vision", "text"] = "text"
+    queries: Literal["all", "text", "after", "last"] | int = "all"
+    decay: float = 1.0
+    temperature: float = 1.0
+    noise: int | None = None
+
+
+@dataclass(frozen=True)
+class AttentionSupport(Signal):
+    """How many keys a query looks at: those of at least ``threshold`` times its largest attention. ``(heads,)``. LLM only.
+
+    A mean over the text behind the sequence's last visual token; 0 where there is none. It belongs to the layer, not to a
+    token, so that a method that waits for all layers (``Method.waits``) sees those of all of them.
+    """
+
+    tower: Literal["vision", "text"] = "text"
+    threshold: float = 0.01
+
+
+@dataclass(frozen=True)
+class SinkShare(Signal):
+    """Share of a token's squared norm that lies in one of the sink channels, the largest of them: ``(patches, 1)``. LLM only.
+
+    Of the hidden states that enter the block. Sink channels are the ``channels`` in which the first token of the sequence
+    is largest: attention sinks are massive in the channels in which that one is. If hidden states of ``hidden`` channels are
+    divided by the root of their mean square, a value of t is a share of t² / hidden.
+    """
+
+    tower: Literal["vision", "text"] = "text"
+    channels: int = 2
+
+
+@dataclass(frozen=True)
 class Keys(Signal):
     """Attention keys: ``(tiles, heads, patches, head_dim)``."""
 
@@ -78,7 +120,13 @@ class ClsValues(Signal):
 
 @dataclass(frozen=True)
 class Hidden(Signal):
-    """Hidden states after the block: ``(tiles, patches, hidden)``."""
+    """Hidden states after the block: ``(tiles, patches, hidden)``.
+
+    ``state``, LLM only: ``"before"`` the block, so that those of layer 0 are the embeddings, or ``"normed"``, after the block
+    and by the LLM's final norm.
+    """
+
+    state: Literal["after", "before", "normed"] = "after"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -145,26 +145,48 @@ def rows(call: Call, queries: Tensor) -> Tensor:
 def received(call: Call, queries: Tensor) -> Tensor:
     """Attention ``(B, heads, k)`` float32 that each key receives, averaged over the queries at ``queries (B, R)``.
 
-    Negative queries do not count. Memory is linear in the number of keys.
+    Negative queries do not count.
     """
     real = queries >= 0
-    count = real.sum(1).clamp(min=1)[:, None]
+    return columns(call, queries, real / real.sum(1).clamp(min=1)[:, None])
+
+
+def columns(call: Call, queries: Tensor, weights: Tensor) -> Tensor:
+    """Attention ``(B, heads, k)`` float32 that each key receives from the queries at ``queries (B, R)``, times their
+    ``weights (B, R)``, summed.
+
+    Negative queries do not count. Memory is linear in the number of keys.
+    """
     causal_shift, valid, mask = _seen(call)
     if queries.shape[1] <= BLOCK or mask is not None or not (call.mask is None or torch.is_tensor(call.mask)):
-        total = sum(rows(call, block).sum(2) for block in queries.split(BLOCK, dim=1))
-        return total / count[..., None]
-    length = call.query.shape[2]
-    weights = torch.zeros(queries.shape[0], length + 1, device=queries.device)
-    weights = weights.scatter_add(1, torch.where(real, queries, length), (real / count).float())[:, :length]
+        blocks = zip(queries.split(BLOCK, dim=1), weights.float().split(BLOCK, dim=1), strict=True)
+        total = call.query.new_zeros(*call.query.shape[:2], call.key.shape[2], dtype=torch.float32)
+        return sum(((weight[:, None, None] @ rows(call, block))[:, :, 0] for block, weight in blocks), total)
+    length, real = call.query.shape[2], queries >= 0
+    of_rows = torch.zeros(queries.shape[0], length + 1, device=queries.device)
+    of_rows = of_rows.scatter_add(1, torch.where(real, queries, length), weights.float())[:, :length]
     return attention_columns(
         call.query,
         call.key,
-        weights,
+        of_rows,
         scaling=call.scaling,
         causal_shift=causal_shift,
         valid=valid,
         softcap=call.options.get("softcap"),
     )
+
+
+def perturbed(call: Call, temperature: float, noise: Tensor | None) -> Call:
+    """The call whose scores have ``noise (B, kv_heads, k)`` added and are divided by ``temperature``.
+
+    The noise is one more channel of the keys, so whatever computes attention computes this, too. (A cap on scores caps
+    their sum with the noise.)
+    """
+    query, key = call.query.float() / temperature, call.key.float()
+    if noise is not None:
+        unit = query.new_full((*query.shape[:3], 1), 1 / (temperature * call.scaling))
+        query, key = torch.cat([query, unit], 3), torch.cat([key, noise[..., None]], 3)
+    return replace(call, query=query, key=key, options={**call.options, "scaling": call.scaling})
 
 
 def _seen(call: Call) -> tuple[int | None, Tensor | None, Tensor | None]:

@@ -147,7 +147,7 @@ def release(cache: Any) -> None:
 def keep_rows(store: Any, rows: Tensor) -> None:
     """Leaves a layer with the entries at ``rows (B, 1 or heads, n)``; filler holds the first entry."""
     rows, stores = rows.to(store.keys.device), [store.keys, store.values]
-    if isinstance(store, cache_utils.StaticLayer):
+    if is_static_layer(store):
         compact_cache_(stores, rows)
     else:
         store.keys, store.values = compact_cache(stores, rows)
@@ -169,6 +169,11 @@ def stored(cache: Any, layer: int) -> int:
 def is_static(cache: Any) -> bool:
     """Whether the cache has a constant size."""
     return isinstance(cache, cache_utils.StaticCache)
+
+
+def is_static_layer(store: Any) -> bool:
+    """Whether a layer of a cache has a constant size."""
+    return isinstance(store, cache_utils.StaticLayer)
 
 
 def slots(cache: Any) -> int:

@@ -227,11 +227,13 @@ class DecoderHooks:
     def _finish(self, forward: Forward, layer: int) -> None:
         """Lets the method evict from the layers before ``layer``, which have run, and forgets what was measured in them.
 
-        This waits while tokens are still to leave before a later layer: what a method notes then, it may need to evict.
-        Otherwise whole caches and measured signals do not wait for the end of the pass.
+        This waits while tokens are still to leave before a later layer: what a method notes then, it may need to evict. It
+        waits for the last layer if the method does. Otherwise whole caches and measured signals do not wait for the end of
+        the pass.
         """
         now, ledger = forward.now, forward.ledger
-        if any(hook > layer for hook in now.leaving()):
+        waits = self.method.waits and layer < len(forward.old)
+        if waits or any(hook > layer for hook in now.leaving()):
             return
         for done in range(forward.finished, layer):
             passed = forward.passed[done]
@@ -240,7 +242,8 @@ class DecoderHooks:
                 if now.sequence is not None:
                     ledger.note(done, now.sequence, forward.past, passed.alive)
                 passed.left = ledger.evict(now, forward.cache, done, passed.row_map, forward.ends)
-            if now.signals is not None:
+        if now.signals is not None:
+            for done in range(forward.finished, layer):
                 now.signals.forget_layer(done)
         forward.finished = layer
 
@@ -306,5 +309,6 @@ class DecoderHooks:
             passed = Passed(changes, sequence.rows, sequence.version, sequence.filler, alive)
         forward.passed[layer] = passed
         passed.row_map = forward.row_map(layer, hidden.device)
-        self._finish(forward, layer)
+        if sequence is not None or forward.ledger is not None:
+            self._finish(forward, layer)
         return passed

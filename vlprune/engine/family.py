@@ -82,6 +82,7 @@ class Family:
     text_layers: str = "model.language_model.layers"
     text_attention: str = "self_attn"
     text_mlp: str = "mlp"
+    text_output: str = "o_proj"
     vision: str = "model.vision_tower"
     vision_layers: tuple[str, ...] = ("encoder.layers", "vision_model.encoder.layers")
     vision_attention: str = "self_attn"
@@ -188,6 +189,15 @@ class Parts:
 
     def text_attention(self, layer: int) -> nn.Module:
         return self.text_layers[layer].get_submodule(self.family.text_attention)
+
+    def text_output(self, layer: int) -> Tensor | None:
+        """Weights of the projection behind attention, ``(heads, hidden, head_dim)``; None where they are no plain matrix."""
+        attention = self.text_attention(layer)
+        weight = getattr(attention.get_submodule(self.family.text_output), "weight", None)
+        width = getattr(attention, "head_dim", None)
+        if not torch.is_tensor(weight) or not weight.is_floating_point() or weight.ndim != 2 or weight.is_meta or not width:
+            return None
+        return weight.detach().unflatten(1, (-1, width)).movedim(1, 0)
 
 
 def _layer_types(config: Any) -> set[str]:

@@ -82,12 +82,19 @@ class Sequence:
         """Tokens of text in each sample."""
         return [n - sum(i.count for i in images) for n, images in zip(self.lengths, self.images, strict=True)]
 
-    def text_rows(self, drafts: int) -> Tensor:
-        """Physical rows ``(B, R)`` of text, right-aligned, without the last ``drafts`` of them; FILLER for shorter samples."""
+    def text_rows(self, drafts: int, after: bool = False) -> Tensor:
+        """Physical rows ``(B, R)`` of text, right-aligned, without the last ``drafts`` of them; FILLER for shorter samples.
+
+        ``after``: FILLER, too, for what stands before the last visual token of a sample.
+        """
         counts = self.text_counts()
         text = ~self.visual if self.padding is None else ~self.visual & ~self.padding.to(self.visual.device)
         logical = right_align(text, max(counts))
         logical = logical[:, : logical.shape[1] - drafts]
+        if after:
+            places = torch.arange(self.visual.shape[1], device=logical.device)
+            last = torch.where(self.visual, places, -1).amax(1, keepdim=True)
+            logical = torch.where(logical < last, FILLER, logical)
         slots = self._slots[self.version]
         if slots is None:
             return logical
@@ -97,6 +104,10 @@ class Sequence:
         """Physical rows ``(B, n)``, FILLER where they stand for no token."""
         index = torch.arange(self.size, device=self.alive.device).expand(self.alive.shape[0], -1)
         return index if self.rows is None else torch.where(self.rows < 0, FILLER, index)
+
+    def first_rows(self) -> Tensor | None:
+        """Physical row ``(B,)`` of each sample's first token, None where it is row 0 in all of them."""
+        return None if self.rows is None else (self.rows < 0).sum(1)
 
     def drop(self, kept: list[tuple[Image, Tensor]]) -> Tensor:
         """Each image is left with ``kept``, indices into its ``alive``. Returns which of the present rows stay, ``(B, m)``."""

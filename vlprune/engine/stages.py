@@ -17,11 +17,11 @@ from vlprune.engine.merging import merged
 from vlprune.engine.rows import RowMap, Take, right_align
 from vlprune.engine.sequence import Image, Sequence
 from vlprune.engine.steps import Clock, Step
-from vlprune.engine.text_signals import TextSignals, resolved
+from vlprune.engine.text_signals import OF_CACHE, TextSignals, resolved
 from vlprune.errors import BudgetError
 from vlprune.image import CacheTokens, LayerTokens
-from vlprune.method import Method, Selection
-from vlprune.signals import QueryAttention, ReceivedAttention, Signal
+from vlprune.method import Merge, Method, Selection
+from vlprune.signals import AttentionSupport, Signal
 
 
 def wanted(method: Method, parts: Parts, images: list[Image]) -> dict[int, list[Signal]]:
@@ -105,7 +105,7 @@ def _layer_tokens(now: Pass, sequence: Sequence, layer: int, hidden: Tensor, ima
         if signals is None or (source, signal) not in signals.measured:
             continue
         values[signal] = signals.of(signal, source, image.sample, signals.slots(signal, source, image))
-        if not isinstance(signal, (QueryAttention, ReceivedAttention)):
+        if not isinstance(signal, (*OF_CACHE, AttentionSupport)):
             rows[signal] = signals.rows_of(signal, source, image.sample, logical, length)
     for tensors in (values, rows, image.notes):
         _move(tensors, hidden.device)
@@ -151,13 +151,15 @@ def _merge_rows(hidden: Tensor, sample: int, rows: Tensor, selection: Selection)
 class Entries:
     """One image in one layer's cache. ``alive``: ascending indices ``(N,)`` of its placeholders, or ``(kv_heads, N)``.
 
-    ``places (total,)``: logical positions of its placeholders, counted from the start of the cache.
+    ``places (total,)``: logical positions of its placeholders, counted from the start of the cache. ``carry``: what the
+    method wants to see again, ``(kv_heads or 1, N)`` each.
     """
 
     image: Image
     sample: int
     places: Tensor
     alive: Tensor
+    carry: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -189,6 +191,7 @@ def evict(now: Pass, held: Held, entries: list[Entries]) -> RowMap | None:
     kept: list[tuple[Entries, Tensor, Tensor]] = []
     for entry in entries:
         count = entry.image.chosen.plan.cached.get(layer)
+        count = None if count is None else method.left(count, held.new_tokens)
         if count is None or (count >= entry.count and not method.adaptive):
             continue
         clock = Clock(device)
@@ -198,8 +201,11 @@ def evict(now: Pass, held: Held, entries: list[Entries]) -> RowMap | None:
             selection = method.evict(_cache_tokens(now, held, entry, slots, count))
         _check(method, selection, count, entry.count, f"in the cache of LLM layer {layer}")
         keep = to_device(selection.keep, device)
+        if selection.merge is not None:
+            _merge_entries(held.store, entry.sample, slots, selection)
         kept.append((entry, slots, _pick(slots, keep)))
         before, entry.alive = entry.count, _pick(entry.alive, keep)
+        entry.carry = {name: _pick(value, keep) for name, value in entry.carry.items()}
         entry.image.steps.append(Step("evict", layer, before, entry.alive, clock.stop()))
     return _rewrite(held, kept) if kept else held.row_map
 
@@ -213,7 +219,10 @@ def _cache_tokens(now: Pass, held: Held, entry: Entries, slots: Tensor, count: i
         for signal in (now.method.wants(shape) if signals is not None else ())
         if signals is not None and signals.holds(signal, layer)
     }
-    _move(entry.image.notes, store.keys.device)
+    if signals is not None:
+        values |= signals.of_layers(entry.sample)
+    for tensors in (values, entry.image.notes):
+        _move(tensors, store.keys.device)
     return CacheTokens(
         layer=layer,
         keys=store.keys[entry.sample].gather(1, index),
@@ -225,7 +234,29 @@ def _cache_tokens(now: Pass, held: Held, entry: Entries, slots: Tensor, count: i
         shape=shape,
         signals=values,
         notes=entry.image.notes,
+        carry=entry.carry,
+        output=now.parts.text_output(layer),
     )
+
+
+def _merge_entries(store: Any, sample: int, slots: Tensor, selection: Selection) -> None:
+    """Keys and values of a sample's kept entries become those merged into them. Nothing leaves yet."""
+    merge, heads = selection.merge, store.keys.shape[1]
+    keep = to_device(selection.keep, slots.device).expand(heads, -1)
+    if isinstance(merge, Merge):
+        weight = None if merge.weight is None else to_device(merge.weight, slots.device).expand(heads, -1)
+        merge = Merge(to_device(merge.target, slots.device).expand(heads, -1), weight)
+    slots, head, chosen = slots.expand(heads, -1), torch.arange(heads, device=slots.device)[:, None], Selection(keep, merge)
+    for name in ("keys", "values"):
+        tensor = getattr(store, name)
+        with torch.no_grad():
+            changed = merged(tensor[sample, head, slots], chosen).to(tensor.dtype)
+        place = (torch.full_like(head, sample), head, slots)
+        if caches.is_static_layer(store):
+            tensor.index_put_(place, changed)
+        else:
+            # Not in place: while a model is trained, attention has noted the tensor for its gradient.
+            setattr(store, name, tensor.index_put(place, changed))
 
 
 def _pick(values: Tensor, keep: Tensor) -> Tensor:
@@ -295,5 +326,8 @@ class Ledger:
         """Reorders, repeats or drops samples of the batch."""
         for layer, entries in self.entries.items():
             self.entries[layer] = [
-                replace(entry, sample=new) for new, old in enumerate(samples) for entry in entries if entry.sample == old
+                replace(entry, sample=new, carry=dict(entry.carry))
+                for new, old in enumerate(samples)
+                for entry in entries
+                if entry.sample == old
             ]

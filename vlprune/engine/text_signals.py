@@ -13,7 +13,22 @@ from vlprune.engine import attention
 from vlprune.engine.attention import Call
 from vlprune.engine.family import Parts
 from vlprune.engine.sequence import Image, Sequence
-from vlprune.signals import Hidden, Keys, ModuleDelta, QueryAttention, ReceivedAttention, Signal, Values
+from vlprune.signals import (
+    AttentionColumns,
+    AttentionSupport,
+    Hidden,
+    Keys,
+    ModuleDelta,
+    QueryAttention,
+    ReceivedAttention,
+    Signal,
+    SinkShare,
+    Values,
+)
+from vlprune.sinks import sink_share
+
+OF_CACHE = (QueryAttention, ReceivedAttention, AttentionColumns)
+"""Signals that have a value for each entry of the cache; others have one for each row of the pass."""
 
 
 class TextSignals:
@@ -36,7 +51,7 @@ class TextSignals:
         self.stack.enter_context(attention.watching(watchers))
         for layer, signals in self.wanted.items():
             for signal in signals:
-                if isinstance(signal, (Hidden, ModuleDelta)):
+                if isinstance(signal, (Hidden, ModuleDelta, SinkShare)):
                     self._hook(layer, signal)
 
     def close(self) -> None:
@@ -47,7 +62,9 @@ class TextSignals:
         """The values of the entries at ``slots (N,)`` of the layer's cache, or at others for each head, ``(kv_heads, N)``."""
         _, value = self.measured[layer, signal]
         value, slots = value[sample], slots.to(value.device)
-        if not isinstance(signal, (QueryAttention, ReceivedAttention)):
+        if isinstance(signal, AttentionSupport):
+            return value
+        if not isinstance(signal, OF_CACHE):
             # What this pass has added is at the same slots in all heads.
             own = slots if slots.ndim == 1 else slots[0]
             return value.index_select(-2, own - self.held.get(layer, 0))
@@ -62,8 +79,13 @@ class TextSignals:
 
     def holds(self, signal: Signal, layer: int) -> bool:
         """Whether the signal was measured of the image's entries; rows of generated tokens hold none of theirs."""
-        of_entries = self.sequence is not None or isinstance(signal, (QueryAttention, ReceivedAttention))
+        of_entries = self.sequence is not None or isinstance(signal, OF_CACHE)
         return of_entries and (layer, signal) in self.measured
+
+    def of_layers(self, sample: int) -> dict[Signal, Tensor]:
+        """The signals of whole layers, of all that have run and were not forgotten."""
+        found = self.measured.items()
+        return {signal: value[sample] for (_, signal), (_, value) in found if isinstance(signal, AttentionSupport)}
 
     def slots(self, signal: Signal, layer: int, image: Image) -> Tensor:
         """Where the image's tokens were in the layer's cache when the signal was measured."""
@@ -104,8 +126,12 @@ class TextSignals:
             return call.value[:, :, start : start + count].float()
         if isinstance(signal, ReceivedAttention):
             return attention.received(call, self._rows(call))
+        if isinstance(signal, AttentionColumns):
+            return self._columns(signal, layer, call)
+        if isinstance(signal, AttentionSupport):
+            return _support(call, self._queries("after", call), signal.threshold)
         assert isinstance(signal, QueryAttention)
-        queries = self._queries(signal, call)
+        queries = self._queries(signal.queries, call)
         weights = attention.rows(call, queries)
         weights = weights.mean(1, keepdim=True) if signal.mean_heads else weights
         if not signal.mean_queries:
@@ -130,28 +156,64 @@ class TextSignals:
             return self.sequence.all_rows().to(call.query.device)
         return torch.arange(call.query.shape[2], device=call.query.device).expand(call.query.shape[0], -1)
 
-    def _queries(self, signal: QueryAttention, call: Call) -> Tensor:
-        if signal.queries == "last":
-            last = call.query.shape[2] - self.drafts
+    def _queries(self, which: str | int, call: Call) -> Tensor:
+        """Rows ``(B, R)`` of the queries that a signal names; negative ones are filler."""
+        last = call.query.shape[2] - self.drafts
+        if which == "last":
             return self._rows(call)[:, last - 1 : last]
-        rows = self._rows(call) if self.sequence is None else self.sequence.text_rows(self.drafts).to(call.query.device)
-        return rows if signal.queries == "text" else rows[:, -int(signal.queries) :]
+        if which == "all":
+            return self._rows(call)[:, :last]
+        if self.sequence is None:
+            rows = self._rows(call)
+        else:
+            rows = self.sequence.text_rows(self.drafts, after=which == "after").to(call.query.device)
+        return rows[:, -which:] if isinstance(which, int) else rows
 
-    def _hook(self, layer: int, signal: Hidden | ModuleDelta) -> None:
+    def _columns(self, signal: AttentionColumns, layer: int, call: Call) -> Tensor:
+        queries = self._queries(signal.queries, call)
+        age = torch.arange(queries.shape[1] - 1, -1, -1, device=queries.device)
+        weights = (signal.decay ** age.double()).float().expand_as(queries)
+        if signal.noise is not None or signal.temperature != 1.0:
+            noise = None if signal.noise is None else self._noise(signal.noise, layer, call)
+            call = attention.perturbed(call, signal.temperature, noise)
+        return attention.columns(call, queries, weights)
+
+    def _noise(self, seed: int, layer: int, call: Call) -> Tensor:
+        """Gumbel noise ``(B, kv_heads, k)``; a sample's own tokens get what they would get if it were alone."""
+        key = call.key
+        filler = (self._rows(call) < 0).sum(1)[:, None, None]
+        place = torch.arange(key.shape[2], device=key.device) - filler
+        return gumbel(seed, layer, torch.arange(key.shape[1], device=key.device)[:, None], place)
+
+    def _hook(self, layer: int, signal: Hidden | ModuleDelta | SinkShare) -> None:
         block = self.parts.text_layers[layer]
         family = self.parts.family
 
         def keep(value: Tensor) -> None:
             self.measured[layer, signal] = self._version, value.detach().float()
 
+        def before_block(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            keep(args[0] if args else kwargs["hidden_states"])
+
         def after_block(module: nn.Module, args: tuple, out: Any) -> None:
             keep(_first(out))
+
+        def normed(module: nn.Module, args: tuple, out: Any) -> None:
+            with torch.no_grad():
+                keep(self.parts.text.norm(_first(out)))
 
         def after_module(module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
             before = args[0] if args else kwargs["hidden_states"]
             keep(torch.stack([before.detach(), _first(out).detach()], 1))
 
-        if isinstance(signal, Hidden):
+        def before_block(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            first = None if self.sequence is None else self.sequence.first_rows()
+            keep(sink_share(hidden.detach().float(), first, signal.channels))  # pyright: ignore[reportAttributeAccessIssue]
+
+        if isinstance(signal, SinkShare):
+            handle = block.register_forward_pre_hook(before_block, with_kwargs=True)
+        elif isinstance(signal, Hidden):
             handle = block.register_forward_hook(after_block)
         else:
             path = family.text_attention if signal.module == "attention" else family.text_mlp
@@ -171,4 +233,26 @@ def _first(out: Any) -> Tensor:
 
 
 def _of_kernel(signal: Signal) -> bool:
-    return not isinstance(signal, (Hidden, ModuleDelta))
+    return not isinstance(signal, (Hidden, ModuleDelta, SinkShare))
+
+
+def _support(call: Call, queries: Tensor, threshold: float) -> Tensor:
+    """Keys of at least ``threshold`` times a query's largest attention: ``(B, heads)``, the mean over ``queries (B, R)``."""
+    found = call.query.new_zeros(call.query.shape[:2], dtype=torch.float32)
+    for block in queries.split(attention.BLOCK, dim=1):
+        weights = attention.rows(call, block)
+        high = (weights >= threshold * weights.amax(-1, keepdim=True)) & (block >= 0)[:, None, :, None]
+        found += high.sum((2, 3))
+    return found / (queries >= 0).sum(1).clamp(min=1)[:, None]
+
+
+def gumbel(seed: int, *numbers: Tensor | int) -> Tensor:
+    """Gumbel noise, a function of ``numbers`` alone, which are broadcast: the same on every device and in every batch."""
+    state: Tensor | int = seed & 0xFFFFFFFF
+    for number in numbers:
+        mixed = (state ^ (number & 0xFFFF)) * 0x45D9F3B & 0xFFFFFFFF
+        mixed = (mixed ^ (mixed >> 16)) * 0x45D9F3B & 0xFFFFFFFF
+        state = mixed ^ (mixed >> 16)
+    assert isinstance(state, Tensor)
+    uniform = (state.double() + 0.5) / 2**32
+    return -(-uniform.log()).log().float()

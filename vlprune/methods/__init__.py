@@ -2,6 +2,7 @@
 
 from vlprune.methods.baselines import Pool, Random, Resize, Uniform
 from vlprune.methods.chain import chain
+from vlprune.methods.dart import DART
 from vlprune.methods.divprune import DivPrune
 from vlprune.methods.fastervlm import FasterVLM
 from vlprune.methods.fastv import FastV
@@ -9,9 +10,9 @@ from vlprune.methods.flowcut import FlowCut
 from vlprune.methods.globalcom2 import GlobalCom2
 from vlprune.methods.hired import HiRED
 from vlprune.methods.holov import HoloV
+from vlprune.methods.kv.snapkv import SnapKV
 from vlprune.methods.mustdrop import MustDrop
 from vlprune.methods.pyramiddrop import PyramidDrop
-from vlprune.methods.snapkv import SnapKV
 from vlprune.methods.todre import ToDRE
 from vlprune.methods.tome import ToMe
 from vlprune.methods.visionzip import VisionZip
@@ -19,6 +20,7 @@ from vlprune.methods.vispruner import VisPruner
 from vlprune.methods.vtc_cls import VTCCLS
 
 __all__ = [
+    "DART",
     "VTCCLS",
     "DivPrune",
     "FastV",
@@ -28,6 +30,7 @@ __all__ = [
     "HiRED",
     "HoloV",
     "MustDrop",
+    "PiToMe",
     "Pool",
     "PyramidDrop",
     "Random",

@@ -56,6 +56,13 @@ class Chain(Method):
         return self.methods[-1].every
 
     @property
+    def waits(self) -> bool:
+        return self.methods[-1].waits
+
+    def left(self, count: int, new_tokens: int) -> int:
+        return self.methods[-1].left(count, new_tokens)
+
+    @property
     def resizes(self) -> bool:
         return self.methods[0].resizes
 
