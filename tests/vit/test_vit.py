@@ -239,7 +239,7 @@ def test_methods_and_models_that_do_not_fit_are_refused_by_name():
         vlprune.apply(nn.Linear(1, 1), "tome")
     assert traces(model) == found
     assert "tome" not in vlprune.methods()
-    assert list(vlprune.methods("vit")) == ["tome"]
+    assert "tome" in vlprune.methods("vit")
 
 
 def test_a_block_that_computes_something_else_is_refused():

@@ -12,6 +12,7 @@ from vlprune.methods.hired import HiRED
 from vlprune.methods.holov import HoloV
 from vlprune.methods.kv.snapkv import SnapKV
 from vlprune.methods.mustdrop import MustDrop
+from vlprune.methods.pitome import PiToMe
 from vlprune.methods.pyramiddrop import PyramidDrop
 from vlprune.methods.todre import ToDRE
 from vlprune.methods.tome import ToMe
@@ -30,6 +31,7 @@ __all__ = [
     "HiRED",
     "HoloV",
     "MustDrop",
+    "PiToMe",
     "PiToMe",
     "Pool",
     "PyramidDrop",
