@@ -101,6 +101,7 @@ def before_layer(
         signals=signals,
         row_signals=of_rows,
         notes={} if notes is None else notes,
+        find_text=lambda: text,
     )
 
 

@@ -130,7 +130,8 @@ class LayerTokens(_Measured):
 
     ``hidden (n, D)``: all rows of the sequence that are still there, text and images, in order. ``visual (N,)`` int64,
     ascending: which of them are this image's. ``positions (N,)``: their indices in the image's run of placeholders.
-    ``last``: the row of the prompt's last token. ``count``: how many visual tokens are to be left.
+    ``last``: the row of the prompt's last token. ``text (R,)`` int64, ascending: the rows of the prompt's text, in the order of
+    ``QueryAttention(queries="text")``. ``count``: how many visual tokens are to be left.
 
     ``tokens[signal]`` holds this image's tokens; ``tokens.rows(signal)`` holds, for signals that have a value for each row
     (keys, values, hidden states, deltas), all rows of ``hidden``.
@@ -147,6 +148,11 @@ class LayerTokens(_Measured):
     signals: dict[Signal, Tensor] = field(default_factory=dict)
     row_signals: dict[Signal, Tensor] = field(default_factory=dict)
     notes: dict[str, Tensor] = field(default_factory=dict)
+    find_text: Callable[[], Tensor] = field(default=lambda: torch.zeros(0, dtype=torch.long), repr=False)
+
+    @cached_property
+    def text(self) -> Tensor:
+        return self.find_text()
 
     def rows(self, signal: Signal) -> Tensor:
         return self.row_signals[signal]

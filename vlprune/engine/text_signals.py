@@ -192,9 +192,6 @@ class TextSignals:
         def keep(value: Tensor) -> None:
             self.measured[layer, signal] = self._version, value.detach().float()
 
-        def before_block(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            keep(args[0] if args else kwargs["hidden_states"])
-
         def after_block(module: nn.Module, args: tuple, out: Any) -> None:
             keep(_first(out))
 
@@ -209,12 +206,12 @@ class TextSignals:
         def before_block(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
             first = None if self.sequence is None else self.sequence.first_rows()
-            keep(sink_share(hidden.detach().float(), first, signal.channels))  # pyright: ignore[reportAttributeAccessIssue]
+            keep(sink_share(hidden.detach().float(), first, signal.channels) if isinstance(signal, SinkShare) else hidden)
 
-        if isinstance(signal, SinkShare):
+        if isinstance(signal, SinkShare) or (isinstance(signal, Hidden) and signal.state == "before"):
             handle = block.register_forward_pre_hook(before_block, with_kwargs=True)
         elif isinstance(signal, Hidden):
-            handle = block.register_forward_hook(after_block)
+            handle = block.register_forward_hook(normed if signal.state == "normed" else after_block)
         else:
             path = family.text_attention if signal.module == "attention" else family.text_mlp
             handle = block.get_submodule(path).register_forward_hook(after_module, with_kwargs=True)
