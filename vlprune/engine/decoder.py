@@ -279,7 +279,7 @@ class DecoderHooks:
         if CONTEXT in kwargs:
             kwargs = dict(kwargs)
             forward = kwargs.pop(CONTEXT)
-        if forward is None:
+        elif forward is None or forward.untouched(layer, kwargs):
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         if layer not in forward.passed:

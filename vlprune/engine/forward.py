@@ -100,6 +100,15 @@ class Forward:
         """What layers have in common that share rows, columns and masks."""
         return self.group[layer], self.passed[layer].version, self.types[layer] if self.types else ""
 
+    def untouched(self, layer: int, kwargs: dict[str, Any]) -> bool:
+        """Whether ``layer`` takes ``kwargs`` as they are: so do most steps of decoding, where each microsecond counts."""
+        if self.sequence is not None or self.ledger is not None:
+            return False
+        if kwargs.get("attention_mask") is not None or kwargs.get("cache_position") is not None:
+            return False
+        old = self.old[layer]
+        return old is None or not (old.filler or self.flash)
+
     def held(self, layer: int) -> int:
         """Physical entries of the layer's cache before the pass."""
         if self.cache is not None and caches.is_sliding(self.cache, layer):
