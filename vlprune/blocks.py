@@ -99,6 +99,8 @@ class BlockMethod(Method):
     """What it wants of the block's attention besides keys: ``"queries"``, ``"values"``."""
     needs_cls: ClassVar[bool] = False
     """Whether the first row has to be [CLS]."""
+    softens: ClassVar[bool] = False
+    """Whether no row leaves, and each block asks :meth:`soften` instead of :meth:`reduce`: what training is made of."""
     proportional: bool = True
     """A row that stands for s rows gets the attention of s: log s is added to the logits of its key."""
 
@@ -117,6 +119,13 @@ class BlockMethod(Method):
     def merge(self, tokens: BlockTokens, assigned: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The ``count`` output rows ``(B, count, C)`` and their sizes: unless overridden means by size, and sums."""
         return merge_rows(tokens.hidden, assigned, tokens.sizes, count)
+
+    def soften(self, tokens: BlockTokens) -> tuple[Tensor, Tensor | None]:
+        """The rows ``(B, N, C)`` that go on, and their sizes ``(B, N)`` for the blocks behind; None: each counts as one.
+
+        Unlike :meth:`reduce` it runs with gradients, which flow back through rows and sizes. Sizes are above zero.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no soften()")
 
     @property
     def drops(self) -> bool:

@@ -60,6 +60,92 @@ def solved(budget: Budget, tokens: int, blocks: int) -> list[int]:
     return _lowered(counts, counts_of([rate + 1] * blocks, tokens), sum(counts) - room, tokens)
 
 
+def staged(budget: Budget, tokens: int, blocks: int, stages: Sequence[int], keep: float | None = None) -> list[int]:
+    """Counts behind each block of a method that drops in the blocks ``stages`` alone, in each the same share of what is left.
+
+    The share is ``keep``, or without it the one whose mean meets the budget. A stage's count holds for all blocks up to the
+    next one, so fewer token-layers than the shortest stage is long may be left unused: the largest sum within the budget is
+    not looked for further. One row is always left. Raises :class:`BudgetError` where even that is more than the budget.
+    """
+    stages = sorted({stage for stage in stages if 0 <= stage < blocks})
+    lengths = [end - begin for begin, end in zip(stages, [*stages[1:], blocks], strict=True)]
+    whole = (blocks - sum(lengths)) * tokens
+
+    def left(share: float) -> list[int]:
+        """Behind each stage."""
+        return [max(min(1, tokens), math.floor(round(tokens * share ** (1 + stage), 6))) for stage in range(len(stages))]
+
+    def total(counts: Sequence[int]) -> int:
+        return whole + sum(length * count for length, count in zip(lengths, counts, strict=True))
+
+    if keep is not None:
+        return _spread(left(keep), lengths, tokens, blocks)
+    per_layer = min(budget, tokens) if isinstance(budget, int) else budget * tokens
+    room = math.floor(round(per_layer * blocks, 6))
+    if room < total(left(0.0)):
+        raise BudgetError(
+            f"budget={budget!r} of {tokens} tokens is a mean of {room / blocks:.4g} over {blocks} blocks; what drops in the "
+            f"blocks {', '.join(map(str, stages)) or 'none'} has a mean of {total(left(0.0)) / blocks:.4g} at least"
+        )
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if total(left(middle)) <= room else (low, middle)
+    counts = left(1.0) if total(left(1.0)) <= room else left(low)
+    for stage in range(len(stages)):
+        before = counts[stage - 1] if stage else tokens
+        counts[stage] += min(before - counts[stage], (room - total(counts)) // lengths[stage])
+    return _spread(counts, lengths, tokens, blocks)
+
+
+def _spread(counts: Sequence[int], lengths: Sequence[int], tokens: int, blocks: int) -> list[int]:
+    """Behind each block what is left behind the stages."""
+    behind = [count for count, length in zip(counts, lengths, strict=True) for _ in range(length)]
+    return [tokens] * (blocks - len(behind)) + behind
+
+
+def quarters(blocks: int) -> list[int]:
+    """The blocks behind which a quarter, half and three quarters of them lie: 3, 6 and 9 of twelve."""
+    return sorted({max(1, blocks * part // 4) for part in (1, 2, 3)} & set(range(blocks)))
+
+
+def staged(budget: Budget, tokens: int, blocks: int, at: Sequence[int]) -> list[int]:
+    """Counts that fall by the same share in each of the blocks ``at``, with the budget's token-layers exactly.
+
+    What a stage's length leaves over goes to the first stages with room for it, and to the first of their blocks.
+    Raises :class:`BudgetError` where one token in each stage is more than that.
+    """
+    per_layer = min(budget, tokens) if isinstance(budget, int) else budget * tokens
+    room = math.floor(round(per_layer * blocks, 6))
+    first = min(at, default=blocks)
+    if room < (fewest := tokens * first + blocks - first):
+        raise BudgetError(
+            f"budget={budget!r} of {tokens} tokens is a mean of {room / blocks:.4g} over {blocks} blocks; the first tokens leave "
+            f"in block {first}, so that the least is {math.ceil(fewest / blocks)} tokens ({fewest / blocks / max(1, tokens):.3f})"
+        )
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(kept_at(middle, tokens, blocks, at)) <= room else (low, middle)
+    return _raised(kept_at(low, tokens, blocks, at), tokens, room)
+
+
+def kept_at(share: float, tokens: int, blocks: int, at: Sequence[int]) -> list[int]:
+    """Counts where each of the blocks ``at`` keeps ``share`` of what is there when the first of them is reached, and so on."""
+    passed = [sum(block >= stage for stage in at) for block in range(blocks)]
+    return [max(1, math.floor(tokens * share**power + 1e-9)) if power else tokens for power in passed]
+
+
+def _raised(counts: list[int], tokens: int, room: int) -> list[int]:
+    """``counts`` raised one by one from the front until they add up to ``room``, none above the one before it."""
+    counts, missing = list(counts), room - sum(counts)
+    while missing > 0:
+        for block in range(len(counts)):
+            if missing > 0 and counts[block] < (counts[block - 1] if block else tokens):
+                counts[block], missing = counts[block] + 1, missing - 1
+    return counts
+
+
 def _highest_rate(room: int, tokens: int, blocks: int) -> int:
     """The highest rate whose counts still add up to ``room`` or more."""
     low, high = 0, tokens
