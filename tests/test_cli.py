@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 import vlprune
-from vlprune import cli
+from vlprune import cli, shell
 from vlprune.evals import commands, journal, loading, progress, runner, settings
 from vlprune.evals.answering import Answering
 from vlprune.evals.tinyvlm import build
@@ -19,6 +23,7 @@ from vlprune.evals.tinyvlm import build
 from .evals import small
 
 WIDE = {"COLUMNS": "120", "TERM": "dumb"}
+APP = shell.application(cli.COMMANDS)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def invoke(*arguments: str) -> Result:
-    return CliRunner().invoke(commands.app, list(arguments), env=WIDE)
+    return CliRunner().invoke(APP, list(arguments), env=WIDE, prog_name="vlprune")
 
 
 def few(folder: str, out: Path, *more: str) -> list[str]:
@@ -42,20 +47,90 @@ def few(folder: str, out: Path, *more: str) -> list[str]:
 def test_methods_lists_every_method():
     result = invoke("methods")
     assert result.exit_code == 0
-    for name in vlprune.methods():
+    for heading in ("name", "stages", "serves", "budget", "needs", "paper"):
+        assert heading in result.output
+    for name in [*vlprune.methods(), *vlprune.methods("vit")]:
         assert name in result.output
+
+
+def test_methods_for_scripts():
+    """What is printed is what the classes say."""
+    found = {one["name"]: one for one in json.loads(invoke("methods", "--json").output)}
+    assert list(found) == [*vlprune.methods(), *vlprune.methods("vit")]
+    assert found["hired"]["stages"] == ["select"]
+    assert found["hired"]["needs"] == ["ClsAttention"]
+    assert found["hired"]["options"] == {"budget": 0.2, "alpha": 0.5, "allocation": "counts"}
+    assert found["mustdrop"]["stages"] == ["encode", "select", "prefill", "evict"]
+    assert found["tome"]["serves"] == ["vit"]
+    assert "2408.10945" in found["hired"]["paper"]
 
 
 def test_models_lists_families():
     result = invoke("models")
     assert result.exit_code == 0
     assert "llava_next" in result.output
+    found = {one["name"]: one for one in json.loads(invoke("models", "--json").output)}
+    assert {one.name for one in vlprune.supported_models()} < set(found)
+    assert found["Qwen2.5-VL"]["videos"]
+    assert found["DINOv2"]["serves"] == "vit"
 
 
-def test_help_names_the_commands():
-    output = invoke("--help").output
-    for name in ("eval", "report", "methods", "models"):
-        assert name in output
+def test_tables_lose_nothing_in_a_narrow_terminal():
+    output = CliRunner().invoke(APP, ["methods"], env={"COLUMNS": "60", "TERM": "dumb"}).output
+    assert "…" not in output
+
+
+def test_help_says_what_each_command_says():
+    """Commands are named before they are imported: their lines are those with which their own help begins."""
+    output = " ".join(invoke("--help").output.split())
+    for name, (where, summary) in cli.COMMANDS.items():
+        assert f"{name} {summary}"[:60] in re.sub("[│ ]+", " ", output)
+        own = " ".join(invoke(name, "--help").output.split())
+        assert "Example: vlprune" in own or isinstance(shell.load(where), typer.Typer)
+
+
+def test_help_imports_no_command():
+    """``vlprune --help`` and completion do not wait for what commands need."""
+    program = (
+        "import sys; from vlprune import cli; sys.argv = ['vlprune', '--help']\n"
+        "try: cli.main()\nexcept SystemExit: print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "Usage" in done.stdout
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert not loaded & {"vlprune.listing", "vlprune.evals.commands", "vlprune.bench", "matplotlib", "vlprune.engine.patch"}
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [("ev", {"eval"}), ("bench m", {"model"}), ("eval --bud", {"--budgets"}), ("methods --j", {"--json"})],
+)
+def test_completion_offers_commands_and_options(words: str, offered: set[str]):
+    environment = {
+        "_VLPRUNE_COMPLETE": "complete_bash",
+        "COMP_WORDS": f"vlprune {words}",
+        "COMP_CWORD": str(words.count(" ") + 1),
+    }
+    result = CliRunner().invoke(APP, [], prog_name="vlprune", env=environment)
+    assert set(result.output.split()) == offered
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["evla"], "No such command 'evla'. Did you mean 'eval'? See 'vlprune --help'"),
+        (["eval", "--methdos", "none"], "See 'vlprune eval --help'"),
+        (["bench", "model", "--rounds", "many"], "See 'vlprune bench model --help'"),
+        (["report"], "Missing argument 'folders'. See 'vlprune report --help'"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_is_one_line_with_the_way_out(arguments: list[str], told: str):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("vlprune: ")
+    assert told in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
 
 
 @pytest.mark.parametrize(

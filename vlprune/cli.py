@@ -1,4 +1,7 @@
-"""The command ``vlprune``."""
+"""The command ``vlprune``.
+
+What a command needs is imported when it is called, so that ``vlprune --help`` and shell completion wait for none of them.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,15 @@ import importlib.util
 import sys
 
 NEEDED = ("typer", "rich", "matplotlib", "PIL")
-INTERRUPTED = 130
-"""Exit code of a command that Ctrl-C ended, as shells have it."""
+COMMANDS = {
+    "methods": ("vlprune.listing:methods", "Lists the methods."),
+    "models": ("vlprune.listing:models", "Lists the families of models that can be pruned."),
+    "eval": ("vlprune.evals.commands:evaluate", "Measures accuracy, time and memory of methods at budgets."),
+    "report": ("vlprune.evals.commands:report", "Makes tables and pictures from the rows of runs."),
+    "recipe": ("vlprune.evals.recipes.commands:recipe", "Tells what to run for a main table of the field."),
+    "bench": ("vlprune.bench.commands:app", "Measures speed: of operations, of models under methods and budgets."),
+}
+"""Name -> the function or the typer application that it stands for, and a line for ``vlprune --help``."""
 
 
 def main() -> None:
@@ -15,15 +25,9 @@ def main() -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(f'vlprune: the command line needs {", ".join(missing)}: pip install "vlprune[evals]"')
-    try:
-        from vlprune.bench.commands import app as bench
-        from vlprune.evals.commands import app
-        from vlprune.evals.recipes.commands import recipe
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    app.add_typer(bench, name="bench")
-    app.command("recipe")(recipe)
-    app(prog_name="vlprune")
+    from vlprune.shell import application
+
+    application(COMMANDS)(prog_name="vlprune")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@ from rich.markup import escape
 from vlprune.bench import METHODS
 from vlprune.errors import VLPruneError
 from vlprune.evals import settings as written
-from vlprune.evals.commands import clear_errors
+from vlprune.terminal import clear_errors
 
-app = typer.Typer(help="Measures speed: of operations, of models under methods and budgets.", no_args_is_help=True)
+app = typer.Typer(
+    help="Measures speed: of operations, of models under methods and budgets.", no_args_is_help=True, add_completion=False
+)
 
 LIKE = "llava-next-small"
 INTERVAL = 20.0
@@ -46,7 +48,10 @@ def bench_kernels(
     resume: Resume = False,
     out: Out = None,
 ) -> None:
-    """Operations against their references, a copy of as many bytes, and what the machine can do at best."""
+    """Operations against their references, a copy of as many bytes, and what the machine can do at best.
+
+    Example: vlprune bench kernels --operations gather_rows --shapes tiny --rounds 2 --out kernels.csv
+    """
     from vlprune.bench import jobs, journal, kernel_rows, report
     from vlprune.bench import kernels as cases
 
@@ -102,7 +107,10 @@ def bench_model(
     resume: Resume = False,
     out: Out = None,
 ) -> None:
-    """A model under methods and budgets: its parts, decoding, memory, next to the unpruned one and to the floor."""
+    """A model under methods and budgets: its parts, decoding, memory, next to the unpruned one and to the floor.
+
+    Example: vlprune bench model --model tinyvlm --methods hired --budgets 0.2 --rounds 3 --out model.csv
+    """
     from vlprune.bench import jobs, journal, report, suite
     from vlprune.bench import model as rows
 
@@ -134,7 +142,10 @@ def bench_plot(
     files: Annotated[list[Path] | None, typer.Argument(help="CSV files of 'vlprune bench model'.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures; by default that of the first file.")] = None,
 ) -> None:
-    """Draws speed-up against budget with the floor's line, and the parts of each prefill stacked."""
+    """Draws speed-up against budget with the floor's line, and the parts of each prefill stacked.
+
+    Example: vlprune bench plot model.csv
+    """
     from vlprune.bench import journal, plot
 
     files = files or [journal.default_path("model")]
@@ -151,7 +162,10 @@ def bench_report(
     folder: Annotated[Path, typer.Argument(help="Folder with CSV files of both kinds.")] = Path("benchmarks/results"),
     docs: Annotated[Path, typer.Option(help="Folder of the documents.")] = Path("docs"),
 ) -> None:
-    """Writes docs/results/speed.md, speed-kernels.md and pictures from the CSV files: no number is copied by hand."""
+    """Writes docs/results/speed.md, speed-kernels.md and pictures from the CSV files: no number is copied by hand.
+
+    Example: vlprune bench report . --docs pages
+    """
     from vlprune.bench import publish
 
     for path in publish.publish(folder, docs):
@@ -167,7 +181,10 @@ def bench_all(
     device: Device = "auto",
     resume: Resume = False,
 ) -> None:
-    """Everything that the documents show of this machine, in one call of at most 20 minutes on a GPU."""
+    """Everything that the documents show of this machine, in one call of at most 20 minutes on a GPU.
+
+    Example: vlprune bench all --smoke --only kernels --out smoke
+    """
     from vlprune.bench import suite
 
     where = _device(device, None)

@@ -1,4 +1,4 @@
-"""``accelerate launch -m vlprune.evals eval ...`` shares an evaluation among processes; else it is the same as ``vlprune``."""
+"""``accelerate launch -m vlprune.evals eval ...`` shares an evaluation among processes; else it is ``vlprune eval``."""
 
 from vlprune.evals.commands import app
 

@@ -1,22 +1,21 @@
-"""What the command line does: ``vlprune eval``, ``vlprune report``, ``vlprune methods``, ``vlprune models``."""
+"""The commands ``vlprune eval`` and ``vlprune report``."""
 
 from __future__ import annotations
 
-import functools
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from vlprune.errors import VLPruneError
 from vlprune.evals import progress
 from vlprune.evals import settings as written
+from vlprune.terminal import INTERRUPTED, AsJson, clear_errors, print_json
 
 if TYPE_CHECKING:
     from vlprune.evals.batches import Task
@@ -28,34 +27,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-BAD_INPUT, INTERRUPTED = 2, 130
-"""Exit codes."""
 CHANGES = 40
 """Samples of a benchmark on the page of changed answers."""
-P = ParamSpec("P")
-
-
-@app.callback()
-def _options() -> None:
-    """Makes ``eval`` a sub-command even where it is the only one."""
-
-
-def clear_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """Errors that vlprune raises on purpose become one red line and exit code 2; Ctrl-C exits with 130."""
-
-    @functools.wraps(command)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except VLPruneError as error:
-            Console(stderr=True, soft_wrap=True, highlight=False).print(
-                f"[red]vlprune: {escape(' '.join(str(error).split()))}[/red]"
-            )
-            raise typer.Exit(BAD_INPUT) from error
-        except KeyboardInterrupt:
-            raise typer.Exit(INTERRUPTED) from None
-
-    return wrapped
 
 
 # ------------------------------------------------------------------ eval
@@ -68,7 +41,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Methods, with commas between; 'none' is the unpruned model. Options stand in brackets, budgets of a "
-            "method's own behind colons: 'none,hired,fastv[layer=1]:0.8:0.6'.",
+            "method's own behind colons: 'none,hired,fastv\\[layer=1]:0.8:0.6'.",
             show_default=written.METHODS,
         ),
     ] = None,
@@ -99,6 +72,8 @@ def evaluate(
 
     Interrupted, it goes on where it was when it is started again. Several processes share the work:
     'accelerate launch --multi_gpu --num_processes 4 -m vlprune.evals eval ...', also on CPUs.
+
+    Example: vlprune eval --methods none,hired,uniform --budgets 0.2 --limit 12
     """
     settings = _settings(methods, budgets)
     from vlprune.evals import loading, runner
@@ -228,15 +203,18 @@ def report(
     changes: Annotated[
         int, typer.Option(min=0, help="Samples of each benchmark on the page of changed answers; 0: no page.")
     ] = CHANGES,
+    as_json: AsJson = False,
 ) -> None:
     """Makes tables, pictures and the page of changed answers from the rows of runs, also of one that is not yet complete.
 
     They are written into the folder of each run; of several runs there is one more table (markdown and CSV) and picture.
+
+    Example: vlprune report results/eval --json
     """
     from vlprune.evals import outputs
     from vlprune.evals.report import Run
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, quiet=as_json)
     runs = [Run.read(folder) for folder in folders]
     for run in runs:
         console.print(f"[bold]{escape(run.model)}[/bold] in {escape(str(run.out))}")
@@ -244,6 +222,8 @@ def report(
     if len(runs) > 1:
         for path in outputs.write_together(runs, out):
             console.print(f"  {path}")
+    if as_json:
+        print_json([run.to_dict(run.summaries()) for run in runs])
 
 
 def _show(console: Console, run: Run, examples: Mapping[str, Mapping[str, Any]] | None, changes: int) -> None:
@@ -266,33 +246,3 @@ def _print_errors(console: Console, run: Run) -> None:
     if failed:
         first = f"{failed[0]['method']} {failed[0]['budget']}, {failed[0]['id']}: {failed[0]['error']}"
         console.print(f"[red]{len(failed)} samples failed and count as wrong; the first: {escape(first)}[/red]")
-
-
-# ------------------------------------------------------------------ methods, models
-
-
-@app.command("methods")
-@clear_errors
-def list_methods() -> None:
-    """Lists the methods that are registered."""
-    import vlprune
-
-    table = Table("name", "summary", "stages", "count", "paper")
-    for name, cls in vlprune.methods().items():
-        method = cls()
-        summary = (method.__doc__ or "").strip().partition("\n")[0].replace("``", "")
-        count = "depends on content" if method.adaptive else "known"
-        table.add_row(name, escape(summary), ", ".join(method.stages), count, escape(str(method.paper or "–")))
-    Console(highlight=False).print(table)
-
-
-@app.command("models")
-@clear_errors
-def list_models() -> None:
-    """Lists the families of models that can be pruned."""
-    import vlprune
-
-    table = Table("family", "model types", "stages", "tested with transformers")
-    for family in vlprune.supported_models():
-        table.add_row(family.name, ", ".join(family.model_types), ", ".join(family.stages), ", ".join(family.tested) or "–")
-    Console(highlight=False).print(table)

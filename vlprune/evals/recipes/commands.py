@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -13,8 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from vlprune.evals import recipes
-from vlprune.evals.commands import clear_errors
 from vlprune.evals.recipes import Beside, Recipe
+from vlprune.terminal import AsJson, clear_errors, print_json
 
 
 @clear_errors
@@ -23,21 +24,34 @@ def recipe(
     measured: Annotated[
         Path | None, typer.Option(help="Folder of a run of the recipe, whose numbers are put beside the published ones.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Tells what to run for a main table of the field, and puts measured numbers beside the published ones."""
+    """Tells what to run for a main table of the field, and puts measured numbers beside the published ones.
+
+    Example: vlprune recipe llava-1.5-7b
+    """
     console = Console(highlight=False)
     if name is None:
-        for one in map(recipes.load, recipes.NAMES):
-            console.print(f"{one.name:<16}{escape(one.title)}", soft_wrap=True)
+        known = [{"name": one.name, "title": one.title} for one in map(recipes.load, recipes.NAMES)]
+        print_json(known) if as_json else _print_known(console, known)
         return
     found = recipes.load(name)
     if measured is None:
-        _describe(console, found)
+        print_json({**asdict(found), "command": found.command()}) if as_json else _describe(console, found)
         return
     from vlprune.evals.report import Run
 
-    _print_beside(console, recipes.beside(found, Run.read(measured).summaries()))
+    rows = recipes.beside(found, Run.read(measured).summaries())
+    if as_json:
+        print_json(list(map(asdict, rows)))
+        return
+    _print_beside(console, rows)
     _print_notes(console, found)
+
+
+def _print_known(console: Console, known: Sequence[dict[str, str]]) -> None:
+    for one in known:
+        console.print(f"{one['name']:<16}{escape(one['title'])}", soft_wrap=True)
 
 
 def _describe(console: Console, found: Recipe) -> None:
