@@ -267,6 +267,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "hired": [{}, {"allocation": "sums", "alpha": 0.3}],
     "divprune": [{}, {"official_quirks": True}],
     "fastv": [{"layer": 1}],
+    "prumerge": [{"neighbours": 3}, {"outliers": True}],
     "flowcut": [{}, {"schedule": "even"}],
     "mustdrop": [{}, {"global_threshold": 0.28, "individual_threshold": 0.5, "merge_threshold": 0.0}],
     "snapkv": [{"window": 3, "kernel": 3}],

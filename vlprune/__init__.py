@@ -17,7 +17,7 @@ from vlprune.errors import (
     VLPruneError,
 )
 from vlprune.image import CacheTokens, ImageLayout, ImageTokens, LayerTokens, ModelShape, VisionTokens, top
-from vlprune.method import Merge, Method, Plan, ScoreMethod, Selection, from_dict, register
+from vlprune.method import Merge, Method, Mixture, Plan, ScoreMethod, Selection, from_dict, register
 from vlprune.method import methods as _methods
 from vlprune.methods import (
     VTCCLS,
@@ -31,6 +31,8 @@ from vlprune.methods import (
     MustDrop,
     PiToMe,
     Pool,
+    PruMerge,
+    PruMergePlus,
     PyramidDrop,
     Random,
     Resize,
@@ -58,6 +60,8 @@ from vlprune.signals import (
 methods = _methods  # after the package vlprune.methods is imported, whose name the function takes here
 __version__ = "0.1.0"
 __all__ = [
+    "PruMerge",
+    "PruMergePlus",
     "VTCCLS",
     "BudgetError",
     "CacheTokens",
@@ -79,6 +83,7 @@ __all__ = [
     "MeanAttention",
     "Merge",
     "Method",
+    "Mixture",
     "ModelShape",
     "ModuleDelta",
     "MustDrop",

@@ -13,6 +13,7 @@ from vlprune.methods.holov import HoloV
 from vlprune.methods.kv.snapkv import SnapKV
 from vlprune.methods.mustdrop import MustDrop
 from vlprune.methods.pitome import PiToMe
+from vlprune.methods.prumerge import PruMerge, PruMergePlus
 from vlprune.methods.pyramiddrop import PyramidDrop
 from vlprune.methods.todre import ToDRE
 from vlprune.methods.tome import ToMe
@@ -22,6 +23,8 @@ from vlprune.methods.vtc_cls import VTCCLS
 
 __all__ = [
     "DART",
+    "PruMerge",
+    "PruMergePlus",
     "VTCCLS",
     "DivPrune",
     "FastV",
