@@ -152,13 +152,21 @@ def test_half_precision_keeps_sizes_exact(name):
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_hidden_states_show_the_rows_that_are_left(name):
-    model = vlprune.apply(build(name), "tome", r=3)
-    with torch.no_grad():
-        states = model(pixel_values=images(), output_hidden_states=True).hidden_states
+@torch.no_grad()
+def test_hidden_states_have_a_row_for_every_patch(name):
+    """Merged rows are copies of each other there; and looking changes nothing."""
+    model, pixels = vlprune.apply(build(name), "tome", r=3), images()
+    expected = outputs(model, pixels)
     full = PATCHES + PREFIX[name]
-    assert [state.shape[1] for state in states][:4] == [full, full - 3, full - 6, full - 9]
-    assert states[-1].shape[1] == full
+    found = model(pixel_values=pixels, output_hidden_states=True)
+    assert [state.shape[1] for state in found.hidden_states] == [full] * 5
+    distinct = [image.unique(dim=0).shape[0] for state in found.hidden_states[:4] for image in state]
+    assert distinct == [full, full, full - 3, full - 3, full - 6, full - 6, full - 9, full - 9]
+    assert torch.equal(found.last_hidden_state, expected[0])
+    model.config.output_hidden_states = True
+    assert torch.equal(model(pixel_values=pixels).hidden_states[2], found.hidden_states[2])
+    model.config.output_hidden_states = False
+    assert equal(outputs(model, pixels), expected)
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -269,10 +277,19 @@ def test_a_budget_below_what_halving_leaves_is_refused():
         outputs(model, images())
 
 
-def test_a_backbone_is_refused():
+@torch.no_grad()
+def test_a_backbone_hands_out_whole_grids():
     from transformers import Dinov2Backbone, Dinov2Config
 
     from tests.vit.models import SIZE
 
-    with pytest.raises(vlprune.UnsupportedModelError, match="Dinov2Backbone"):
-        vlprune.apply(Dinov2Backbone(Dinov2Config(**SIZE)), "tome")
+    torch.manual_seed(0)
+    config = Dinov2Config(**SIZE, out_features=["stage2", "stage4"])
+    model, pixels = Dinov2Backbone(config).eval(), images(size=(42, 56))
+    whole = model(pixels).feature_maps
+    vlprune.apply(model, "tome", r=0)
+    assert equal(model(pixels).feature_maps, whole)
+    vlprune.apply(model, "tome", r=3)
+    maps = model(pixels).feature_maps
+    assert [part.shape for part in maps] == [part.shape for part in whole]
+    assert [part[0].flatten(1).unique(dim=1).shape[1] for part in maps] == [48 - 6, 48 - 12]

@@ -10,24 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlprune.engine.vit.architecture import Layout
-from vlprune.engine.vit.blocks import key_bias, original
+from vlprune.engine.vit.architecture import VitShape
+from vlprune.engine.vit.blocks import original
+from vlprune.engine.vit.layout import Layout
+from vlprune.engine.vit.run import key_bias
 from vlprune.errors import UnsupportedModelError
 
 ROWS, COPIES = 8, 6
+"""Rows besides protected ones, and how many of the last one there are."""
 
 
-def residuals(name: str, block: nn.Module, layout: Layout, width: int) -> bool:
+def residuals(name: str, block: nn.Module, layout: Layout, shape: VitShape) -> bool:
     """Whether the block hands on a tuple.
 
     Raises :class:`UnsupportedModelError` unless its two branches give, bit for bit, what the block itself does.
     """
-    x = _rows(block, width)
+    x, options = _rows(block, shape, 1), tried_options(block, layout, shape, 1)
     with _quiet(block):
         forward = original(type(block)).forward
-        out = forward(block, x, **_blank(forward, 2))
+        named = {**_blank(forward, 2), **_tables(layout, shape, x, 1)}
+        out = forward(block, x.transpose(0, 1) if shape.sequence_first else x, **named)
         whole = out[0] if isinstance(out, tuple) else out
-        between = x + layout.attend(block, x, None, blank_options(block, layout))
+        whole = whole.transpose(0, 1) if shape.sequence_first else whole
+        between = x + layout.attend(block, x, None, options)
         parts = between + layout.feed(block, between)
     if not torch.equal(whole, parts):
         raise UnsupportedModelError(
@@ -37,15 +42,15 @@ def residuals(name: str, block: nn.Module, layout: Layout, width: int) -> bool:
     return isinstance(out, tuple)
 
 
-def proportional(name: str, block: nn.Module, layout: Layout, width: int) -> None:
+def proportional(name: str, block: nn.Module, layout: Layout, shape: VitShape) -> None:
     """Raises :class:`UnsupportedModelError` unless a row of size s gets the attention that s equal rows get."""
-    x = _rows(block, width)
-    sizes = torch.ones(1, ROWS, device=x.device)
+    x, copies = _rows(block, shape, 1), _rows(block, shape, COPIES)
+    rows = x.shape[1]
+    sizes = torch.ones(1, rows, device=x.device)
     sizes[:, -1] = COPIES
-    options = blank_options(block, layout)
+    options, of_copies = (tried_options(block, layout, shape, n) for n in (1, COPIES))
     with _quiet(block):
-        copies = torch.cat([x, *[x[:, -1:]] * (COPIES - 1)], 1)
-        expected = layout.attend(block, copies, None, options)[:, :ROWS].float()
+        expected = layout.attend(block, copies, None, of_copies)[:, :rows].float()
         plain = layout.attend(block, x, None, options).float()
         sized = layout.attend(block, x, key_bias(sizes.log(), x.dtype), options).float()
     rounding = 64 * torch.finfo(x.dtype).eps * expected.abs().amax()
@@ -55,6 +60,22 @@ def proportional(name: str, block: nn.Module, layout: Layout, width: int) -> Non
             "mask that it is given to its logits; load it with attn_implementation='sdpa', or apply the method with "
             "proportional=False"
         )
+
+
+def tried_options(block: nn.Module, layout: Layout, shape: VitShape, copies: int) -> dict[str, Any]:
+    """What the block's attention is given besides rows and mask when it is tried."""
+    weight = next(block.parameters())
+    return {**blank_options(block, layout), **_tables(layout, shape, weight, copies)}
+
+
+def _tables(layout: Layout, shape: VitShape, like: Tensor, copies: int) -> dict[str, Any]:
+    """Rotary tables of the rows, the last one ``copies`` times."""
+    if layout.rotary is None:
+        return {}
+    generator = torch.Generator().manual_seed(1)
+    angles = torch.randn(ROWS, shape.width // shape.heads // 2, generator=generator)
+    angles = torch.cat([angles, angles[-1:].expand(copies - 1, -1)]).to(like.device)
+    return {layout.rotary.argument: layout.rotary.example(angles)}
 
 
 def blank_options(block: nn.Module, layout: Layout) -> dict[str, None]:
@@ -69,19 +90,24 @@ def _blank(forward: Any, behind: int) -> dict[str, None]:
     return {p.name: None for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
 
 
-def _rows(block: nn.Module, width: int) -> Tensor:
+def _rows(block: nn.Module, shape: VitShape, copies: int) -> Tensor:
+    """Random rows ``(1, N, C)``, the last one ``copies`` times."""
     weight = next(block.parameters())
-    return torch.randn(1, ROWS, width, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    x = torch.randn(1, shape.prefix + ROWS, shape.width, generator=torch.Generator().manual_seed(0))
+    return torch.cat([x, *[x[:, -1:]] * (copies - 1)], 1).to(weight.device, weight.dtype)
 
 
 @contextmanager
 def _quiet(block: nn.Module) -> Iterator[None]:
-    """Without gradients, dropout or autocast; the block is as before behind it."""
+    """Without gradients, dropout, autocast or PyTorch's fused encoder kernels; the block is as before behind it."""
     training = {module: module.training for module in block.modules()}
     block.eval()
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad(), torch.autocast(next(block.parameters()).device.type, enabled=False):
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for module, flag in training.items():
             module.training = flag

@@ -7,11 +7,14 @@ from typing import Any
 from torch import nn
 
 from vlprune.blocks import BlockMethod
-from vlprune.engine.patch import ATTRIBUTE, forget_compiled, uninstall
+from vlprune.engine.patch import ATTRIBUTE, forget_compiled, patch_of, uninstall
 from vlprune.engine.vit import check
-from vlprune.engine.vit.architecture import Architecture, Layout
-from vlprune.engine.vit.blocks import STATE, BlockState, Run, Tap, merging, original
+from vlprune.engine.vit.architecture import Architecture, tower_of
+from vlprune.engine.vit.blocks import STATE, BlockState, Tap, merging, original
+from vlprune.engine.vit.layout import Layout
+from vlprune.engine.vit.looking import look, look_away
 from vlprune.engine.vit.report import VitReport
+from vlprune.engine.vit.run import Run
 from vlprune.errors import UnsupportedMethodError, UnsupportedModelError
 from vlprune.method import Method, methods
 
@@ -19,16 +22,18 @@ from vlprune.method import Method, methods
 class VitPatch:
     """One method in one vision transformer: its blocks are of a subclass of their class, and a hook reads their keys."""
 
-    def __init__(self, model: nn.Module, architecture: Architecture, method: Method):
+    def __init__(self, model: nn.Module, architecture: Architecture, method: Method, tower: nn.Module | None = None):
         if not isinstance(method, BlockMethod):
             raise UnsupportedMethodError(
                 f"{method.name} prunes the visual tokens of a vision-language model, and {type(model).__name__} is a vision "
                 f"transformer on its own; methods for those: {', '.join(methods('vit'))}"
             )
         self.model, self.architecture, self.method = model, architecture, method
-        self.blocks = architecture.blocks_of(model)
+        self.tower = tower_of(model) if tower is None else tower
+        self.blocks = list(self.tower.get_submodule(architecture.path_of(self.tower)).children())
         layouts = [architecture.layout_of(block) for block in self.blocks]
-        self.shape = architecture.shape(model)
+        self.shape = architecture.shape(self.tower)
+        self._check_whole()
         self._check_cls()
         self.run = Run(method, self.shape.prefix, len(self.blocks))
         self.states = [
@@ -37,19 +42,29 @@ class VitPatch:
         self.handles: list[Any] = []
 
     def _checked(self, index: int, block: nn.Module, layout: Layout) -> BlockState:
-        name, width = self.architecture.name, self.shape.width
-        state = BlockState(self.run, index, layout, self.shape.heads, block)
-        state.as_tuple = check.residuals(name, block, layout, width)
+        name = self.architecture.name
+        state = BlockState(self.run, index, layout, self.shape, block)
+        state.as_tuple = check.residuals(name, block, layout, self.shape)
         state.required = tuple(check.blank_options(block, layout))
-        if unread := [what for what in self.method.reads if layout.source(block, what) is None]:
+        reads = () if layout.by_hand else self.method.reads
+        if unread := [what for what in reads if layout.source(block, what) is None]:
             raise UnsupportedMethodError(
                 f"{self.method.name} wants {' and '.join(unread)} of the blocks' attention, which {type(block).__name__} of "
                 f"this {name} model does not hand out"
             )
-        if self.method.proportional or self.method.adaptive:
+        if self.method.proportional or self.method.adaptive or self.shape.padding:
             self._check_attention()
-            check.proportional(name, block, layout, width)
+            check.proportional(name, block, layout, self.shape)
         return state
+
+    def _check_whole(self) -> None:
+        """Raises :class:`UnsupportedModelError` if a method is applied to a part of the model, or to what the model is in."""
+        own = getattr(patch_of(self.model), "run", None)
+        if any(STATE in block.__dict__ and block.__dict__[STATE].run is not own for block in self.blocks):
+            raise UnsupportedModelError(
+                f"a method is applied to a part of this {type(self.model).__name__}, or to a model that it is a part of; "
+                "vlprune.remove it there first"
+            )
 
     def _check_cls(self) -> None:
         if self.method.needs_cls and not (self.shape.prefix and self.shape.cls):
@@ -80,13 +95,14 @@ class VitPatch:
         uninstall(self.model)
         self.model.__dict__[ATTRIBUTE] = self
         for block, state in zip(self.blocks, self.states, strict=True):
-            for what in ("keys", *self.method.reads):
+            for what in () if state.layout.by_hand else ("keys", *self.method.reads):
                 source = state.layout.source(block, what)
                 assert source is not None
                 tap = Tap(self.run, state.index, what, third=source.endswith("qkv"))
                 self.handles.append(block.get_submodule(source).register_forward_hook(tap))
             block.__class__ = merging(original(type(block)))
             block.__dict__[STATE] = state
+        self.handles += look(self.run, self.architecture, self.tower)
         forget_compiled(self.model)
 
     def uninstall(self) -> None:
@@ -95,5 +111,6 @@ class VitPatch:
         for block in self.blocks:
             block.__class__ = original(type(block))
             block.__dict__.pop(STATE, None)
+        look_away(self.architecture, self.tower)
         self.model.__dict__.pop(ATTRIBUTE, None)
         forget_compiled(self.model)
