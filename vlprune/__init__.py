@@ -22,6 +22,7 @@ from vlprune.method import methods as _methods
 from vlprune.methods import (
     VTCCLS,
     DivPrune,
+    EViT,
     FasterVLM,
     FastV,
     FlowCut,
@@ -60,14 +61,13 @@ from vlprune.signals import (
 methods = _methods  # after the package vlprune.methods is imported, whose name the function takes here
 __version__ = "0.1.0"
 __all__ = [
-    "PruMerge",
-    "PruMergePlus",
     "VTCCLS",
     "BudgetError",
     "CacheTokens",
     "ClsAttention",
     "ClsValues",
     "DivPrune",
+    "EViT",
     "FastV",
     "FasterVLM",
     "FlowCut",
@@ -92,6 +92,8 @@ __all__ = [
     "PiToMe",
     "Plan",
     "Pool",
+    "PruMerge",
+    "PruMergePlus",
     "PyramidDrop",
     "QueryAttention",
     "Random",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -28,7 +27,6 @@ class BlockAttention:
     weights: Tensor | None
     scaling: float
 
-    @cached_property
     def weighed(self) -> tuple[Tensor, Tensor]:
         """Queries and keys with one feature more, by which a key's weight comes into the product."""
         if self.weights is None:
@@ -40,16 +38,15 @@ class BlockAttention:
 
     def rows(self, rows: Tensor, reduce_heads: bool = True) -> Tensor:
         """Attention that ``rows (B, R)`` pay: float32 ``(B, R, N)``, the mean over the heads, or ``(B, H, R, N)``."""
-        return attention_rows(*self.weighed, rows, scaling=self.scaling, reduce_heads=reduce_heads)
+        return attention_rows(*self.weighed(), rows, scaling=self.scaling, reduce_heads=reduce_heads)
 
-    @cached_property
     def of_cls(self) -> Tensor:
         """Attention ``(B, N)`` that row 0 pays to each row, the mean over the heads; float32."""
         return self.rows(self.queries.new_zeros(self.queries.shape[0], 1, dtype=torch.int64))[:, 0]
 
     def received(self, weights: Tensor) -> Tensor:
         """Attention ``(B, H, N)`` that each row receives, summed over queries by their ``weights (B, N)``; float32."""
-        return attention_columns(*self.weighed, weights, scaling=self.scaling)
+        return attention_columns(*self.weighed(), weights, scaling=self.scaling)
 
 
 @dataclass(frozen=True, eq=False)

@@ -68,7 +68,7 @@ def staged(budget: Budget, tokens: int, blocks: int, stages: Sequence[int], keep
     not looked for further. One row is always left. Raises :class:`BudgetError` where even that is more than the budget.
     """
     stages = sorted({stage for stage in stages if 0 <= stage < blocks})
-    lengths = [end - begin for begin, end in zip(stages, [*stages[1:], blocks], strict=True)]
+    lengths = [end - begin for begin, end in zip(stages, [*stages, blocks][1:], strict=True)]
     whole = (blocks - sum(lengths)) * tokens
 
     def left(share: float) -> list[int]:
@@ -109,31 +109,13 @@ def quarters(blocks: int) -> list[int]:
     return sorted({max(1, blocks * part // 4) for part in (1, 2, 3)} & set(range(blocks)))
 
 
-def staged(budget: Budget, tokens: int, blocks: int, at: Sequence[int]) -> list[int]:
-    """Counts that fall by the same share in each of the blocks ``at``, with the budget's token-layers exactly.
+def staged_exactly(budget: Budget, tokens: int, blocks: int, stages: Sequence[int]) -> list[int]:
+    """:func:`staged`, for methods that can drop a row or two in any block: with the budget's token-layers exactly.
 
-    What a stage's length leaves over goes to the first stages with room for it, and to the first of their blocks.
-    Raises :class:`BudgetError` where one token in each stage is more than that.
+    What the lengths of the stages leave over goes to the first stages with room for it, and to the first of their blocks.
     """
-    per_layer = min(budget, tokens) if isinstance(budget, int) else budget * tokens
-    room = math.floor(round(per_layer * blocks, 6))
-    first = min(at, default=blocks)
-    if room < (fewest := tokens * first + blocks - first):
-        raise BudgetError(
-            f"budget={budget!r} of {tokens} tokens is a mean of {room / blocks:.4g} over {blocks} blocks; the first tokens leave "
-            f"in block {first}, so that the least is {math.ceil(fewest / blocks)} tokens ({fewest / blocks / max(1, tokens):.3f})"
-        )
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if sum(kept_at(middle, tokens, blocks, at)) <= room else (low, middle)
-    return _raised(kept_at(low, tokens, blocks, at), tokens, room)
-
-
-def kept_at(share: float, tokens: int, blocks: int, at: Sequence[int]) -> list[int]:
-    """Counts where each of the blocks ``at`` keeps ``share`` of what is there when the first of them is reached, and so on."""
-    passed = [sum(block >= stage for stage in at) for block in range(blocks)]
-    return [max(1, math.floor(tokens * share**power + 1e-9)) if power else tokens for power in passed]
+    room = math.floor(round((min(budget, tokens) if isinstance(budget, int) else budget * tokens) * blocks, 6))
+    return _raised(staged(budget, tokens, blocks, stages), tokens, room)
 
 
 def _raised(counts: list[int], tokens: int, room: int) -> list[int]:

@@ -4,6 +4,7 @@ from vlprune.methods.baselines import Pool, Random, Resize, Uniform
 from vlprune.methods.chain import chain
 from vlprune.methods.dart import DART
 from vlprune.methods.divprune import DivPrune
+from vlprune.methods.evit import EViT
 from vlprune.methods.fastervlm import FasterVLM
 from vlprune.methods.fastv import FastV
 from vlprune.methods.flowcut import FlowCut
@@ -23,10 +24,9 @@ from vlprune.methods.vtc_cls import VTCCLS
 
 __all__ = [
     "DART",
-    "PruMerge",
-    "PruMergePlus",
     "VTCCLS",
     "DivPrune",
+    "EViT",
     "FastV",
     "FasterVLM",
     "FlowCut",
@@ -37,6 +37,8 @@ __all__ = [
     "PiToMe",
     "PiToMe",
     "Pool",
+    "PruMerge",
+    "PruMergePlus",
     "PyramidDrop",
     "Random",
     "Resize",
