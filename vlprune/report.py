@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vlprune import flops
+from vlprune.image import ImageLayout
 
 if TYPE_CHECKING:
     from vlprune.engine.patch import Patch
@@ -32,11 +33,16 @@ class StageReport:
 
 @dataclass(frozen=True)
 class ImageReport:
-    """One image: ``total`` visual tokens in the prompt, ``kept`` their ascending positions that entered the LLM."""
+    """One image: ``total`` visual tokens in the prompt, ``kept`` their ascending positions that entered the LLM.
+
+    ``layout``: where the tokens lie in the image, for pictures. ``video``: the image is one, its tiles are frames.
+    """
 
     total: int
     kept: list[int]
     stages: list[StageReport]
+    layout: ImageLayout | None = field(default=None, repr=False, compare=False)
+    video: bool = False
 
     @property
     def tokens_out(self) -> int:
@@ -52,7 +58,7 @@ class Report:
     and their mean over its layers. ``cached``: mean over layers of their entries in the KV cache after that forward.
     ``flops``: multiplications and additions of vision encoder, projector and LLM layers in it, see :mod:`vlprune.flops`;
     what a method itself computes is not among them. ``kv_bytes``: bytes of KV cache that hold a token after it; a static
-    cache takes its full size all the same, and a layer with a sliding window no more than its window.
+    cache takes its full size all the same, and a layer with a sliding window no more than its window. ``layers``: of the LLM.
     """
 
     method: dict[str, Any]
@@ -65,6 +71,8 @@ class Report:
     flops_unpruned: int
     kv_bytes: int
     kv_bytes_unpruned: int
+    model_type: str = ""
+    layers: int = 0
 
     @property
     def total(self) -> int:
@@ -76,8 +84,11 @@ class Report:
         return sum(stage.seconds for image in self.images for stage in image.stages)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types only, ready for JSON."""
-        return {**asdict(self), "total": self.total, "selection_seconds": self.selection_seconds}
+        """Plain types only, ready for JSON; without the layouts."""
+        told = asdict(replace(self, images=[replace(image, layout=None) for image in self.images]))
+        for image in told["images"]:
+            del image["layout"]
+        return {**told, "total": self.total, "selection_seconds": self.selection_seconds}
 
     def __str__(self) -> str:
         knobs = ", ".join(f"{k}={v}" for k, v in self.method.items() if k != "method")
@@ -122,13 +133,18 @@ class Report:
             flops_unpruned=unpruned + sum(flops.vision(parts, c.layout, c.layout.grid) for c in choices),
             kv_bytes=round(token * sum(cached)),
             kv_bytes_unpruned=round(token * layers * (prefill.past + prefill.logical)),
+            model_type=parts.model.config.model_type,
+            layers=layers,
         )
 
 
 def _image(image: Image) -> ImageReport:
+    from vlprune.engine.family import VIDEO  # the engine is imported by the first apply
+
     choice = image.chosen
     kept = list(range(choice.layout.total)) if choice.keep is None else choice.keep.tolist()
-    return ImageReport(choice.layout.total, kept, [_stage(step) for step in [*choice.steps, *image.steps]])
+    stages = [_stage(step) for step in [*choice.steps, *image.steps]]
+    return ImageReport(choice.layout.total, kept, stages, choice.layout, video=choice.kind == VIDEO)
 
 
 def _stage(step: Step) -> StageReport:

@@ -19,13 +19,12 @@ from vlprune.evals.benchmarks.base import Example
 from vlprune.evals.journal import Row, label_of
 from vlprune.evals.kept import TOP, unpack
 from vlprune.evals.settings import UNPRUNED
+from vlprune.visualize.drawing import shade
 
 SIDE = 420
 """Pixels of an image's longer side on the page."""
 MOST_TEXT = 600
 """Characters of a question or an answer that are shown."""
-DARKNESS = 215
-"""How black (of 255) a token is that no layer kept."""
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 78rem; padding: 0 1rem; color: #1a1a1a; }
 section { border-top: 1px solid #ccc; padding: 1rem 0; }
@@ -116,14 +115,8 @@ def _view(picture: Image.Image | None, levels: np.ndarray | None) -> str:
     style = f"aspect-ratio: {width} / {height};"
     if picture is not None:
         style += f" background-image: url({_encoded(picture, 'JPEG')});"
-    shade = f"<img alt='kept tokens' src='{_encoded(_shade(levels), 'PNG')}'>" if levels is not None else ""
-    return f"<div class='view' style='{style}'>{shade}</div>"
-
-
-def _shade(levels: np.ndarray) -> Image.Image:
-    """Black, as opaque as tokens are missing."""
-    opaque = np.rint(DARKNESS * (1 - levels / TOP)).astype(np.uint8)
-    return Image.fromarray(np.dstack([np.zeros_like(opaque), opaque]))
+    dark = f"<img alt='kept tokens' src='{_encoded(shade(levels / TOP), 'PNG')}'>" if levels is not None else ""
+    return f"<div class='view' style='{style}'>{dark}</div>"
 
 
 def _picture(example: Example | None) -> Image.Image | None:

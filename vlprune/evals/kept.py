@@ -17,6 +17,7 @@ import torch
 import vlprune
 from vlprune.image import ImageLayout
 from vlprune.report import ImageReport
+from vlprune.visualize.show import share
 
 TOP = 15
 """The level of a token that all layers have."""
@@ -39,29 +40,7 @@ def kept_of(report: vlprune.Report, layouts: Sequence[ImageLayout], text_layers:
 
 def levels(image: ImageReport, text_layers: int) -> np.ndarray:
     """Level of each token ``(total,)`` uint8."""
-    share = np.zeros(image.total)
-    present = _mask(image.kept, image.total)
-    entering = {stage.layer: _mask(stage.kept, image.total) for stage in image.stages if stage.name == "prefill"}
-    cached: dict[int | None, np.ndarray] = {}
-    for stage in image.stages:
-        if stage.name == "evict":
-            # Later ones, while it generates, are no longer about the prompt alone.
-            cached.setdefault(stage.layer, _share_of_heads(stage.kept, image.total))
-    for layer in range(text_layers):
-        present = entering.get(layer, present)
-        share += cached.get(layer, present)
-    return np.rint(TOP * share / text_layers).astype(np.uint8)
-
-
-def _mask(kept: Sequence[int], total: int) -> np.ndarray:
-    mask = np.zeros(total)
-    mask[np.asarray(kept, dtype=np.int64)] = 1
-    return mask
-
-
-def _share_of_heads(kept: Sequence[Any], total: int) -> np.ndarray:
-    heads = kept if kept and isinstance(kept[0], list) else [kept]
-    return np.mean([_mask(head, total) for head in heads], axis=0)
+    return np.rint(TOP * share(image, text_layers)).astype(np.uint8)
 
 
 def pack(level: np.ndarray) -> str:
