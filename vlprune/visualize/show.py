@@ -99,7 +99,6 @@ def show_stages(
         count = sum(values.sum() for values in shares.values())
         caption = f"{name}\n{count:g} of {total} ({count / total:.0%})" if total else name
         panels.append((caption, drawing.kept(scene.frames[frame], scene.of_frame(frame), shares)))
-    thumbnail = any(v.name == "thumbnail" for v in scene.views)
     legend = [(drawing.KEPT, "kept"), ((40, 40, 40), "dropped")]
     if any(v.name == "thumbnail" for v in scene.views):
         legend.insert(1, (drawing.THUMBNAIL, "kept in the thumbnail (half dark where in it alone)"))
