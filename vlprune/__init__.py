@@ -21,6 +21,7 @@ from vlprune.method import Merge, Method, Mixture, Plan, ScoreMethod, Selection,
 from vlprune.method import methods as _methods
 from vlprune.methods import (
     VTCCLS,
+    DiffRate,
     DivPrune,
     EViT,
     FasterVLM,
@@ -66,6 +67,7 @@ __all__ = [
     "CacheTokens",
     "ClsAttention",
     "ClsValues",
+    "DiffRate",
     "DivPrune",
     "EViT",
     "FastV",

@@ -33,21 +33,41 @@ def linear(rate: int, inflection: float, blocks: int) -> list[int]:
     return [int(first + step * block) for block in range(blocks)]
 
 
-def solved(budget: Budget, tokens: int, blocks: int) -> list[int]:
+def by_ratio(ratio: float, tokens: int, blocks: int) -> list[int]:
+    """Counts where each block keeps the share ``ratio`` of its rows: ``floor(n - ratio x n)`` of n leave, half at most."""
+    counts = []
+    for _ in range(blocks):
+        tokens -= min(math.floor(tokens - tokens * ratio), tokens // 2)
+        counts.append(tokens)
+    return counts
+
+
+def room_of(budget: Budget, tokens: int, blocks: int) -> int:
+    """The token-layers that a budget allows."""
+    return math.floor(round((min(budget, tokens) if isinstance(budget, int) else budget * tokens) * blocks, 6))
+
+
+def solved(budget: Budget, tokens: int, blocks: int, first: int = 0) -> list[int]:
     """Counts behind each block whose mean is the budget: ``floor(budget x tokens x blocks)`` token-layers exactly.
 
-    The rate is the same in all blocks, up to what the exact sum asks for, and up to half of the rows.
-    Raises :class:`BudgetError` where merging half of the rows in every block leaves more than that.
+    Nothing leaves in blocks before ``first``; from there on the rate is the same in all blocks, up to what the exact sum asks
+    for, and up to half of the rows. Raises :class:`BudgetError` where merging half of the rows in each of them leaves more
+    than that.
     """
-    per_layer = min(budget, tokens) if isinstance(budget, int) else budget * tokens
-    room = math.floor(round(per_layer * blocks, 6))
-    fewest = sum(counts_of([tokens] * blocks, tokens))
+    first = min(first, blocks)
+    room = room_of(budget, tokens, blocks)
+    fewest = tokens * first + sum(counts_of([tokens] * (blocks - first), tokens))
     if room < fewest:
         raise BudgetError(
             f"budget={budget!r} of {tokens} tokens is a mean of {room / blocks:.4g} over {blocks} blocks; a block merges half "
-            f"of its rows at most, so that the least is "
+            f"of its rows at most{f', from block {first} on' if first else ''}, so that the least is "
             f"{math.ceil(fewest / blocks)} tokens ({fewest / blocks / max(1, tokens):.3f})"
         )
+    return [tokens] * first + _evenly(room - tokens * first, tokens, blocks - first)
+
+
+def _evenly(room: int, tokens: int, blocks: int) -> list[int]:
+    """Counts that add up to ``room`` by rates that are as even as possible."""
     rate = _highest_rate(room, tokens, blocks)
     rates = [rate] * blocks
     for block in range(blocks):
@@ -64,8 +84,7 @@ def staged(budget: Budget, tokens: int, blocks: int, stages: Sequence[int], keep
     """Counts behind each block of a method that drops in the blocks ``stages`` alone, in each the same share of what is left.
 
     The share is ``keep``, or without it the one whose mean meets the budget. A stage's count holds for all blocks up to the
-    next one, so fewer token-layers than the shortest stage is long may be left unused: the largest sum within the budget is
-    not looked for further. One row is always left. Raises :class:`BudgetError` where even that is more than the budget.
+    next one, so fewer token-layers than the longest stage is long may be left unused. One row is always left. Raises :class:`BudgetError` where even that is more than the budget.
     """
     stages = sorted({stage for stage in stages if 0 <= stage < blocks})
     lengths = [end - begin for begin, end in zip(stages, [*stages, blocks][1:], strict=True)]
@@ -80,8 +99,7 @@ def staged(budget: Budget, tokens: int, blocks: int, stages: Sequence[int], keep
 
     if keep is not None:
         return _spread(left(keep), lengths, tokens, blocks)
-    per_layer = min(budget, tokens) if isinstance(budget, int) else budget * tokens
-    room = math.floor(round(per_layer * blocks, 6))
+    room = room_of(budget, tokens, blocks)
     if room < total(left(0.0)):
         raise BudgetError(
             f"budget={budget!r} of {tokens} tokens is a mean of {room / blocks:.4g} over {blocks} blocks; what drops in the "
@@ -114,8 +132,7 @@ def staged_exactly(budget: Budget, tokens: int, blocks: int, stages: Sequence[in
 
     What the lengths of the stages leave over goes to the first stages with room for it, and to the first of their blocks.
     """
-    room = math.floor(round((min(budget, tokens) if isinstance(budget, int) else budget * tokens) * blocks, 6))
-    return _raised(staged(budget, tokens, blocks, stages), tokens, room)
+    return _raised(staged(budget, tokens, blocks, stages), tokens, room_of(budget, tokens, blocks))
 
 
 def _raised(counts: list[int], tokens: int, room: int) -> list[int]:

@@ -6,16 +6,19 @@ import itertools
 import json
 import math
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import vlprune
+from tests.vit import given
 from tests.vit.models import PATCHES, PREFIX, build, images, outputs
 
-METHODS = vlprune.methods("vit")
+METHODS: dict[str, Any] = {name: method for name, method in vlprune.methods("vit").items() if not hasattr(method, "heads")}
+"""Those that need no trained heads."""
 PAGES = Path(__file__).parents[2] / "docs" / "methods"
 
 
@@ -30,7 +33,11 @@ def test_budgets_are_met_exactly(name):
     if method.adaptive:
         pytest.skip("its counts are upper bounds")
     for tokens, blocks, budget in itertools.product((36, 197, 576), (4, 12, 24), (0.45, 0.5, 0.77, 0.9, 1.0)):
-        counts = method(budget=budget).counts(tokens, blocks)
+        try:
+            counts = method(budget=budget).counts(tokens, blocks)
+        except vlprune.BudgetError:
+            assert (blocks, budget) == (4, 0.45), "half of the rows in each of three blocks leaves more"
+            continue
         assert sum(counts) == math.floor(round(budget * tokens * blocks, 6))
         assert all(0 < after <= before for before, after in itertools.pairwise([tokens, *counts]))
 
@@ -66,13 +73,20 @@ def test_in_a_model(name):
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.adaptive])
 def test_compiled_without_graph_breaks_and_trained(name):
-    model, pixels = vlprune.apply(build("vit", num_hidden_layers=2), name, budget=0.7), images()
-    expected = outputs(model, pixels)
+    method, seen = METHODS[name](budget=0.6), given.tokens(17, leaving=4, block=1, blocks=4)
+
+    def step(hidden, queries, keys, values, sizes):
+        attention = replace(seen.read, queries=queries, keys=keys, values=values)
+        tokens = replace(seen, hidden=hidden, keys=keys.mean(1), sizes=sizes, attention=attention)
+        assigned = method.reduce(tokens)
+        return assigned, *method.merge(tokens, assigned, tokens.count)
+
+    parts = (seen.hidden, seen.read.queries, seen.read.keys, seen.read.values, seen.sizes)
     torch.compiler.reset()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    for got, part in zip(outputs(compiled, pixels), expected, strict=True):
-        torch.testing.assert_close(got, part, atol=1e-4, rtol=1e-4)
-    model(pixel_values=pixels).last_hidden_state.square().mean().backward()
+    for got, part in zip(torch.compile(step, backend="eager", fullgraph=True)(*parts), step(*parts), strict=True):
+        torch.testing.assert_close(got, part)
+    model = vlprune.apply(build("vit"), name, budget=0.6)
+    model(pixel_values=images()).last_hidden_state.square().mean().backward()
     gradients = [p.grad for path, p in model.named_parameters() if "pooler" not in path]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 

@@ -3,6 +3,7 @@
 from vlprune.methods.baselines import Pool, Random, Resize, Uniform
 from vlprune.methods.chain import chain
 from vlprune.methods.dart import DART
+from vlprune.methods.diffrate import DiffRate
 from vlprune.methods.divprune import DivPrune
 from vlprune.methods.evit import EViT
 from vlprune.methods.fastervlm import FasterVLM
@@ -25,6 +26,7 @@ from vlprune.methods.vtc_cls import VTCCLS
 __all__ = [
     "DART",
     "VTCCLS",
+    "DiffRate",
     "DivPrune",
     "EViT",
     "FastV",

@@ -16,6 +16,7 @@ from vlprune.image import top
 from vlprune.kernels import bipartite_match
 from vlprune.method import register
 from vlprune.methods.assigning import numbered, staying, taken
+from vlprune.schedule import by_ratio
 
 AT_ONCE = 2**22
 """Similarities that exist at one time, at most, unless one row of a batch has more."""
@@ -58,11 +59,7 @@ class PiToMe(BlockMethod):
     def counts(self, tokens: int, blocks: int) -> list[int]:
         if self.ratio is None:
             return super().counts(tokens, blocks)
-        counts = []
-        for _ in range(blocks):
-            tokens -= min(math.floor(tokens - tokens * self.ratio), tokens // 2)
-            counts.append(tokens)
-        return counts
+        return by_ratio(self.ratio, tokens, blocks)
 
     def protects(self, block: int, blocks: int) -> bool:
         """Whether rows of low energy are protected in this block."""
