@@ -21,6 +21,7 @@ from vlprune.method import Merge, Method, Mixture, Plan, ScoreMethod, Selection,
 from vlprune.method import methods as _methods
 from vlprune.methods import (
     VTCCLS,
+    CDPruner,
     DiffRate,
     DivPrune,
     EViT,
@@ -62,6 +63,7 @@ from vlprune.signals import (
 methods = _methods  # after the package vlprune.methods is imported, whose name the function takes here
 __version__ = "0.1.0"
 __all__ = [
+    "CDPruner",
     "VTCCLS",
     "BudgetError",
     "CacheTokens",

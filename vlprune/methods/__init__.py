@@ -1,6 +1,7 @@
 """The methods, one file each. Importing this package registers them."""
 
 from vlprune.methods.baselines import Pool, Random, Resize, Uniform
+from vlprune.methods.cdpruner import CDPruner
 from vlprune.methods.chain import chain
 from vlprune.methods.dart import DART
 from vlprune.methods.diffrate import DiffRate
@@ -24,6 +25,7 @@ from vlprune.methods.vispruner import VisPruner
 from vlprune.methods.vtc_cls import VTCCLS
 
 __all__ = [
+    "CDPruner",
     "DART",
     "VTCCLS",
     "DiffRate",
