@@ -16,7 +16,17 @@ import vlprune
 from tests import zoo
 from tests.encoders import parts_of, token_rows
 from vlprune.engine.family import IMAGE
-from vlprune.signals import ClsAttention, ClsValues, Hidden, Keys, MeanAttention, ModuleDelta, ReceivedAttention, Values
+from vlprune.signals import (
+    ClsAttention,
+    ClsValues,
+    GlobalAttention,
+    Hidden,
+    Keys,
+    MeanAttention,
+    ModuleDelta,
+    ReceivedAttention,
+    Values,
+)
 
 KINDS: list[Any] = [MeanAttention, ReceivedAttention, Keys, Values, Hidden, ModuleDelta]
 CLS: list[Any] = [ClsAttention, ClsValues]
@@ -32,7 +42,8 @@ class Reader(vlprune.Method):
 
     def wants(self, shape):
         kinds = KINDS + (CLS if shape.has_cls else [])
-        return *(kind(layer) for kind in kinds for layer in LAYERS), *(ModuleDelta(layer, module="mlp") for layer in LAYERS)
+        more = [(ModuleDelta(layer, module="mlp"), GlobalAttention(layer, threshold=1.2)) for layer in LAYERS]
+        return *(kind(layer) for kind in kinds for layer in LAYERS), *(signal for pair in more for signal in pair)
 
     def select(self, image):
         type(self).seen.append(image)
@@ -156,11 +167,25 @@ class Reference:
         elif isinstance(signal, ReceivedAttention):
             peers = (self.stretch()[:, None] == self.stretch()).sum(0)
             values = self.map().sum(2) / peers
+        elif isinstance(signal, GlobalAttention):
+            values = self.from_hubs(signal.threshold)
         else:
             own = query.transpose(1, 2)[index].flatten(1, 2), key.transpose(1, 2)[index].flatten(1, 2)
             scores = torch.einsum("thc,tnhc->tnh", own[0].mean(1), own[1]) * query.shape[-1] ** -0.5
             return scores.softmax(1).unflatten(1, rows.shape[1:]).mean(2).transpose(1, 2)
         return values.transpose(1, 2)[index].mean(2).transpose(1, 2)
+
+    def from_hubs(self, threshold: float) -> Tensor:
+        """``(B, heads, L)``: the mean row of those that receive more than ``threshold`` times the mean, else of all."""
+        found = torch.zeros_like(self.map()[:, :, 0])
+        for one, tile in enumerate(self.map()):
+            for stretch in self.stretch().unique():
+                mine = (self.stretch() == stretch).nonzero()[:, 0]
+                own = tile[:, mine][:, :, mine]
+                level = own.mean((0, 1))
+                hubs = (level > threshold * level.mean()).nonzero()[:, 0]
+                found[one, :, mine] = own[:, hubs if len(hubs) else slice(None)].mean(1)
+        return found
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

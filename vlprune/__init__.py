@@ -20,7 +20,9 @@ from vlprune.image import CacheTokens, ImageLayout, ImageTokens, LayerTokens, Mo
 from vlprune.method import Merge, Method, Mixture, Plan, ScoreMethod, Selection, from_dict, register
 from vlprune.method import methods as _methods
 from vlprune.methods import (
+    SCOPE,
     VTCCLS,
+    ApET,
     CDPruner,
     DiffRate,
     DivPrune,
@@ -51,6 +53,7 @@ from vlprune.report import Report
 from vlprune.signals import (
     ClsAttention,
     ClsValues,
+    GlobalAttention,
     Hidden,
     Keys,
     MeanAttention,
@@ -63,6 +66,8 @@ from vlprune.signals import (
 methods = _methods  # after the package vlprune.methods is imported, whose name the function takes here
 __version__ = "0.1.0"
 __all__ = [
+    "ApET",
+    "SCOPE",
     "CDPruner",
     "VTCCLS",
     "BudgetError",
@@ -75,6 +80,7 @@ __all__ = [
     "FastV",
     "FasterVLM",
     "FlowCut",
+    "GlobalAttention",
     "GlobalCom2",
     "HiRED",
     "Hidden",

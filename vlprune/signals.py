@@ -47,6 +47,18 @@ class ReceivedAttention(Signal):
 
 
 @dataclass(frozen=True)
+class GlobalAttention(Signal):
+    """Attention that each patch receives from global ones, averaged over these: ``(tiles, heads, patches)``. Vision encoder
+    only.
+
+    Rows of the encoder are global that receive, averaged over heads, more than ``threshold`` times what a row receives on
+    average; where there is none, all are.
+    """
+
+    threshold: float = 1.0
+
+
+@dataclass(frozen=True)
 class QueryAttention(Signal):
     """Softmax attention of text tokens to an image's visual tokens: ``(heads, queries, patches)``. LLM only.
 

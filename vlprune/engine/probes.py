@@ -22,6 +22,7 @@ from vlprune.engine.family import Parts
 from vlprune.signals import (
     ClsAttention,
     ClsValues,
+    GlobalAttention,
     Hidden,
     Keys,
     MeanAttention,
@@ -223,9 +224,10 @@ class Probe:
             return _rows(calls, "key" if isinstance(signal, Keys) else "value")
         if isinstance(signal, ClsAttention):
             return _paid_by_cls(calls[0]).transpose(1, 2)
-        assert isinstance(signal, ReceivedAttention), signal
+        assert isinstance(signal, (ReceivedAttention, GlobalAttention)), signal
+        threshold = signal.threshold if isinstance(signal, GlobalAttention) else None
         segments = _segments(calls, [place.rows.numel() for place in places] if self.parts.family.packed else None)
-        return torch.cat([_received(call, filler).transpose(1, 2) for call in segments], 1)
+        return torch.cat([_received(call, filler, threshold).transpose(1, 2) for call in segments], 1)
 
 
 def _as_documented(signal: Signal, values: Tensor) -> Tensor:
@@ -262,12 +264,19 @@ def _paid_by_cls(call: Call) -> Tensor:
     return attention.rows(call, torch.zeros(call.query.shape[0], 1, dtype=torch.long, device=call.query.device))[:, :, 0]
 
 
-def _received(call: Call, filler: Tensor | None) -> Tensor:
-    """``(tiles, heads, rows)``, over all queries that are no filler."""
+def _received(call: Call, filler: Tensor | None, threshold: float | None = None) -> Tensor:
+    """``(tiles, heads, rows)``, over all queries that are no filler, or those of them that receive more than ``threshold``
+    times the mean; where none does, over all again."""
     queries = torch.arange(call.query.shape[2], device=call.query.device).expand(call.query.shape[0], -1)
     if filler is not None:
         queries = queries.masked_fill(filler.to(queries.device), -1)
-    return attention.received(call, queries)
+    received = attention.received(call, queries)
+    if threshold is None:
+        return received
+    level = received.mean(1) * (queries >= 0)
+    mean = level.sum(1, keepdim=True) / (queries >= 0).sum(1, keepdim=True).clamp(min=1)
+    hubs = level > threshold * mean
+    return attention.received(call, torch.where(hubs | ~hubs.any(1, keepdim=True), queries, -1))
 
 
 def _mean_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:

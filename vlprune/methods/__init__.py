@@ -1,5 +1,6 @@
 """The methods, one file each. Importing this package registers them."""
 
+from vlprune.methods.apet import ApET
 from vlprune.methods.baselines import Pool, Random, Resize, Uniform
 from vlprune.methods.cdpruner import CDPruner
 from vlprune.methods.chain import chain
@@ -18,6 +19,7 @@ from vlprune.methods.mustdrop import MustDrop
 from vlprune.methods.pitome import PiToMe
 from vlprune.methods.prumerge import PruMerge, PruMergePlus
 from vlprune.methods.pyramiddrop import PyramidDrop
+from vlprune.methods.scope import SCOPE
 from vlprune.methods.todre import ToDRE
 from vlprune.methods.tome import ToMe
 from vlprune.methods.visionzip import VisionZip
@@ -25,6 +27,8 @@ from vlprune.methods.vispruner import VisPruner
 from vlprune.methods.vtc_cls import VTCCLS
 
 __all__ = [
+    "ApET",
+    "SCOPE",
     "CDPruner",
     "DART",
     "VTCCLS",

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from vlprune.budget import apportion
 from vlprune.image import ImageLayout, ImageTokens, ModelShape, remembered, top
-from vlprune.signals import ClsAttention, MeanAttention, ReceivedAttention, Signal
+from vlprune.signals import ClsAttention, GlobalAttention, MeanAttention, ReceivedAttention, Signal
 
-KINDS = (ClsAttention, MeanAttention, ReceivedAttention)
+KINDS = (ClsAttention, GlobalAttention, MeanAttention, ReceivedAttention)
 
 
 def attention_signal(shape: ModelShape, layer: int, otherwise: type[Signal] = MeanAttention) -> Signal:
