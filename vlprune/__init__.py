@@ -20,6 +20,7 @@ from vlprune.image import CacheTokens, ImageLayout, ImageTokens, LayerTokens, Mo
 from vlprune.method import Merge, Method, Mixture, Plan, ScoreMethod, Selection, from_dict, register
 from vlprune.method import methods as _methods
 from vlprune.methods import (
+    ATS,
     SCOPE,
     VTCCLS,
     ApET,
@@ -66,11 +67,12 @@ from vlprune.signals import (
 methods = _methods  # after the package vlprune.methods is imported, whose name the function takes here
 __version__ = "0.1.0"
 __all__ = [
-    "ApET",
+    "ATS",
     "SCOPE",
-    "CDPruner",
     "VTCCLS",
+    "ApET",
     "BudgetError",
+    "CDPruner",
     "CacheTokens",
     "ClsAttention",
     "ClsValues",

@@ -57,7 +57,8 @@ class BlockTokens:
     dtype. ``sizes (B, N)`` float32: how many of the image's rows each of them stands for; 0 for padding, which an adaptive
     method leaves behind where images of a batch keep different numbers. The first ``prefix`` rows ([CLS], registers) are
     protected: they stay alone, and keep their places. ``leaving``: how many of the other rows leave. ``block`` of ``blocks``,
-    from 0. ``attention``: of this block, for methods that read queries.
+    from 0. ``attention``: of this block, for methods that read queries. ``planned``: what :meth:`BlockMethod.counts` says for
+    this block, which in a batch of an adaptive method may be more than there are rows.
     """
 
     keys: Tensor
@@ -68,6 +69,7 @@ class BlockTokens:
     block: int
     blocks: int
     attention: BlockAttention | None = None
+    planned: int = 0
 
     @property
     def read(self) -> BlockAttention:
@@ -104,6 +106,10 @@ class BlockMethod(Method):
     def counts(self, tokens: int, blocks: int) -> list[int]:
         """How many of an image's ``tokens`` rows (protected ones not counted) are left behind each block."""
         return solved(self.budget, tokens, blocks)
+
+    def acts(self, block: int, blocks: int) -> bool:
+        """Whether an adaptive method is asked about this block though by the counts nothing leaves in it."""
+        return self.adaptive
 
     def reduce(self, tokens: BlockTokens) -> Tensor:
         """The assignment ``(B, N)`` int64: the output row of every row, in ``[0, tokens.count)``; -1 for one that is dropped.

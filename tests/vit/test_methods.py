@@ -19,6 +19,8 @@ from tests.vit.models import PATCHES, PREFIX, build, images, outputs
 
 METHODS: dict[str, Any] = {name: method for name, method in vlprune.methods("vit").items() if not hasattr(method, "heads")}
 """Those that need no trained heads."""
+KNOWN = [name for name, method in METHODS.items() if not method().adaptive]
+"""Those whose counts do not depend on the images."""
 PAGES = Path(__file__).parents[2] / "docs" / "methods"
 
 
@@ -27,11 +29,9 @@ def bases(name):
     return ["dinov2", "registers"] + ["siglip"] * (not METHODS[name].needs_cls)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", KNOWN)
 def test_budgets_are_met_exactly(name):
     method = METHODS[name]
-    if method.adaptive:
-        pytest.skip("its counts are upper bounds")
     for tokens, blocks, budget in itertools.product((36, 197, 576), (4, 12, 24), (0.45, 0.5, 0.77, 0.9, 1.0)):
         try:
             counts = method(budget=budget).counts(tokens, blocks)
@@ -48,17 +48,15 @@ def test_in_a_model(name):
     for base in bases(name):
         model, pixels = build(base), images(3)
         before = outputs(model, pixels)
-        options = {} if METHODS[name].adaptive else {"budget": 1.0}
-        if options:
-            vlprune.apply(model, name, **options)
-            assert all(map(torch.equal, outputs(model, pixels), before))
+        vlprune.apply(model, name, budget=1.0)
+        assert all(map(torch.equal, outputs(model, pixels), before))
         vlprune.apply(model, name, budget=0.55)
         batch, report = outputs(model, pixels), vlprune.report(model)
         assert [part.shape for part in batch] == [part.shape for part in before]
         assert all(part.isfinite().all() for part in batch)
         assert not torch.equal(batch[0], before[0])
         assert report.layer_mean <= 0.55 * PATCHES
-        if not METHODS[name].adaptive:
+        if name in KNOWN:
             assert sum(report.counts) == math.floor(0.55 * PATCHES * 4)
         for image in report.assignment:
             assert image[: PREFIX[base]] == list(range(PREFIX[base]))
@@ -71,7 +69,7 @@ def test_in_a_model(name):
         assert all(map(torch.equal, outputs(model, pixels), before))
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.adaptive])
+@pytest.mark.parametrize("name", KNOWN)
 def test_compiled_without_graph_breaks_and_trained(name):
     method, seen = METHODS[name](budget=0.6), given.tokens(17, leaving=4, block=1, blocks=4)
 

@@ -1,6 +1,7 @@
 """The methods, one file each. Importing this package registers them."""
 
 from vlprune.methods.apet import ApET
+from vlprune.methods.ats import ATS
 from vlprune.methods.baselines import Pool, Random, Resize, Uniform
 from vlprune.methods.cdpruner import CDPruner
 from vlprune.methods.chain import chain
@@ -27,11 +28,12 @@ from vlprune.methods.vispruner import VisPruner
 from vlprune.methods.vtc_cls import VTCCLS
 
 __all__ = [
-    "ApET",
-    "SCOPE",
-    "CDPruner",
+    "ATS",
     "DART",
+    "SCOPE",
     "VTCCLS",
+    "ApET",
+    "CDPruner",
     "DiffRate",
     "DivPrune",
     "EViT",

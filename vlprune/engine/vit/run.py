@@ -49,7 +49,8 @@ class Run:
 
     def idle(self, block: int) -> bool:
         """Whether the block has nothing to do with merged rows."""
-        return self.maps[block] is None and self.rows[block] == self.rows[block + 1] and not self.method.softens
+        acts = self.method.softens or self.method.acts(block, self.blocks)
+        return self.maps[block] is None and self.rows[block] == self.rows[block + 1] and not acts
 
     def hand_on(self, block: int) -> None:
         self.sizes[block + 1], self.maps[block + 1] = self.sizes[block], self.maps[block]
@@ -85,7 +86,7 @@ class Run:
             self.forget(block)
             return x
         leaving = self.rows[block] - min(self.rows[block], self.planned[block + 1])
-        if leaving == 0 and not self.method.adaptive:
+        if leaving == 0 and not self.method.acts(block, self.blocks):
             self.forget(block)
             self.hand_on(block)
             return x
@@ -113,7 +114,8 @@ class Run:
         if "queries" in self.method.reads:
             queries, keys, values = heads.each(self, block)
             attention = BlockAttention(queries, keys, values, self.weights(block), heads.scaling or keys.shape[-1] ** -0.5)
-        return BlockTokens(heads.mean_key(self, block), x, sizes, self.prefix, leaving, block, self.blocks, attention)
+        planned, mean_key = self.planned[block + 1] - self.prefix, heads.mean_key(self, block)
+        return BlockTokens(mean_key, x, sizes, self.prefix, leaving, block, self.blocks, attention, planned)
 
     def forget(self, block: int) -> None:
         self.keys[block] = self.queries[block] = self.values[block] = None
@@ -150,8 +152,10 @@ class Heads:
     ``heads`` of them; ``scaling`` of the logits, None for ``d ** -0.5``; ``tables`` of the rows at hand.
     """
 
-    def __init__(self, layout: Layout, heads: int, scaling: float | None, tables: Any):
-        self.layout, self.heads, self.scaling, self.tables = layout, heads, scaling, tables
+    def __init__(self, layout: Layout, heads: int, scaling: float | None, block: Any, tables: Any):
+        self.heads, self.scaling, self.tables = heads, scaling, tables
+        self.rotary = None if tables is None else layout.rotary
+        self.attention = layout.attention_of(block)
 
     def each(self, run: Run, block: int) -> tuple[Tensor, Tensor, Tensor | None]:
         queries, keys = (self._turned(run, self._noted(noted[block])) for noted in (run.queries, run.keys))
@@ -159,14 +163,13 @@ class Heads:
 
     def mean_key(self, run: Run, block: int) -> Tensor:
         """The mean over the heads ``(B, N, d)``, float32."""
-        keys, rotary = self._noted(run.keys[block]), self.layout.rotary
-        if rotary is None or self.tables is None or not rotary.per_head(self.tables):
-            return self._turned(run, keys.mean(1, keepdim=True, dtype=torch.float32))[:, 0]
-        return self._turned(run, keys).mean(1, dtype=torch.float32)
+        keys = self._noted(run.keys[block])
+        if self.rotary is not None and self.rotary.per_head(self.tables):
+            return self._turned(run, keys).mean(1, dtype=torch.float32)
+        return self._turned(run, keys.mean(1, keepdim=True, dtype=torch.float32))[:, 0]
 
     def _turned(self, run: Run, x: Tensor) -> Tensor:
-        rotary = self.layout.rotary
-        return x if rotary is None or self.tables is None else rotary.turned(x, self.tables, run.prefix)
+        return x if self.rotary is None else self.rotary.turned(x, self.tables, run.prefix, self.attention)
 
     def _noted(self, out: Tensor | None) -> Tensor:
         """Without gradients."""
