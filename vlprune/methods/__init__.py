@@ -21,6 +21,7 @@ from vlprune.methods.pitome import PiToMe
 from vlprune.methods.prumerge import PruMerge, PruMergePlus
 from vlprune.methods.pyramiddrop import PyramidDrop
 from vlprune.methods.scope import SCOPE
+from vlprune.methods.sparsevlm import SparseVLM
 from vlprune.methods.todre import ToDRE
 from vlprune.methods.tome import ToMe
 from vlprune.methods.visionzip import VisionZip
@@ -53,6 +54,7 @@ __all__ = [
     "Random",
     "Resize",
     "SnapKV",
+    "SparseVLM",
     "ToDRE",
     "ToMe",
     "Uniform",
