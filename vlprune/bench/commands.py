@@ -183,7 +183,7 @@ def bench_all(
 ) -> None:
     """Everything that the documents show of this machine, in one call of at most 20 minutes on a GPU.
 
-    Example: vlprune bench all --smoke --only kernels --out smoke
+    Example: vlprune bench all --smoke --only model --out smoke
     """
     from vlprune.bench import suite
 
