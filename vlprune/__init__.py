@@ -20,10 +20,13 @@ from vlprune.image import CacheTokens, ImageLayout, ImageTokens, LayerTokens, Mo
 from vlprune.method import Merge, Method, Mixture, Plan, ScoreMethod, Selection, from_dict, register
 from vlprune.method import methods as _methods
 from vlprune.methods import (
+    TNT,
     VTCCLS,
+    VTM,
     CDPruner,
     DiffRate,
     DivPrune,
+    DynamicViT,
     EViT,
     FasterVLM,
     FastV,
@@ -63,6 +66,9 @@ from vlprune.signals import (
 methods = _methods  # after the package vlprune.methods is imported, whose name the function takes here
 __version__ = "0.1.0"
 __all__ = [
+    "VTM",
+    "TNT",
+    "DynamicViT",
     "CDPruner",
     "VTCCLS",
     "BudgetError",

@@ -6,6 +6,7 @@ from vlprune.methods.chain import chain
 from vlprune.methods.dart import DART
 from vlprune.methods.diffrate import DiffRate
 from vlprune.methods.divprune import DivPrune
+from vlprune.methods.dynamicvit import DynamicViT
 from vlprune.methods.evit import EViT
 from vlprune.methods.fastervlm import FasterVLM
 from vlprune.methods.fastv import FastV
@@ -18,13 +19,18 @@ from vlprune.methods.mustdrop import MustDrop
 from vlprune.methods.pitome import PiToMe
 from vlprune.methods.prumerge import PruMerge, PruMergePlus
 from vlprune.methods.pyramiddrop import PyramidDrop
+from vlprune.methods.tnt import TNT
 from vlprune.methods.todre import ToDRE
 from vlprune.methods.tome import ToMe
 from vlprune.methods.visionzip import VisionZip
 from vlprune.methods.vispruner import VisPruner
 from vlprune.methods.vtc_cls import VTCCLS
+from vlprune.methods.vtm import VTM
 
 __all__ = [
+    "VTM",
+    "TNT",
+    "DynamicViT",
     "CDPruner",
     "DART",
     "VTCCLS",
