@@ -62,8 +62,7 @@ class Watched:
     choices: list[list[Choice]] = field(default_factory=list)
 
     def groups(self, image: int = 0) -> Tensor:
-        """The placeholder ``(total,)`` that each one of an image is part of in the end: its own where it is merged with none
-        or takes others in, -1 where nobody took it in, or knows."""
+    XX
         choices = self.choices[image]
         root = torch.arange(choices[0].total)
         merged = torch.zeros(choices[0].total, dtype=torch.bool)
