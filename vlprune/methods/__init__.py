@@ -21,6 +21,7 @@ from vlprune.methods.prumerge import PruMerge, PruMergePlus
 from vlprune.methods.pyramiddrop import PyramidDrop
 from vlprune.methods.tnt import TNT
 from vlprune.methods.todre import ToDRE
+from vlprune.methods.tofu import ToFu
 from vlprune.methods.tome import ToMe
 from vlprune.methods.visionzip import VisionZip
 from vlprune.methods.vispruner import VisPruner
@@ -28,14 +29,14 @@ from vlprune.methods.vtc_cls import VTCCLS
 from vlprune.methods.vtm import VTM
 
 __all__ = [
-    "VTM",
-    "TNT",
-    "DynamicViT",
-    "CDPruner",
     "DART",
+    "TNT",
     "VTCCLS",
+    "VTM",
+    "CDPruner",
     "DiffRate",
     "DivPrune",
+    "DynamicViT",
     "EViT",
     "FastV",
     "FasterVLM",
@@ -54,6 +55,7 @@ __all__ = [
     "Resize",
     "SnapKV",
     "ToDRE",
+    "ToFu",
     "ToMe",
     "Uniform",
     "VisPruner",
