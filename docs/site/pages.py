@@ -1,0 +1,216 @@
+"""What the site says of methods and model families, from the code."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import vlprune
+from vlprune import listing
+from vlprune.engine.family import Family
+from vlprune.engine.vit.architecture import Architecture, architectures
+from vlprune.method import Method
+
+DOCS = Path(__file__).parents[1]
+WHERE = {
+    "encode": "inside the vision encoder",
+    "select": "between encoder and LLM",
+    "prefill": "before LLM layers",
+    "evict": "in the KV cache",
+    "reduce": "in every block of a vision transformer",
+}
+SERVES = {"vlm": "vision-language models", "vit": "vision transformers on their own"}
+
+
+def made() -> dict[str, str]:
+    """Path below the site's root -> text of each page that is made from the code alone."""
+    found = {"methods/index.md": _methods(), "families/index.md": _families()}
+    for one in vlprune.supported_models():
+        found[_path(one.name)] = _family(one)
+    for one in architectures():
+        found[_path(one.name)] = _architecture(one)
+    for name, cls in listing.all_methods().items():
+        if not (DOCS / "methods" / f"{name}.md").exists():
+            found[f"methods/{name}.md"] = f"# {cls.__name__}\n"
+    return found
+
+
+def method_paths() -> list[str]:
+    return [f"methods/{name}.md" for name in listing.all_methods()]
+
+
+def family_paths() -> list[str]:
+    return [_path(one.name) for one in [*vlprune.supported_models(), *architectures()]]
+
+
+def _path(name: str) -> str:
+    return f"families/{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.md"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+# ------------------------------------------------------------------ methods
+
+
+@cache
+def _described() -> dict[str, dict[str, Any]]:
+    return {name: listing.described(name, cls) for name, cls in listing.all_methods().items()}
+
+
+def method(name: str, written: str) -> str:
+    """The page of a method: what is written, what its class says below the title, and its reference at the end."""
+    cls = listing.all_methods()[name]
+    title, _, rest = written.partition("\n")
+    reference = f"## Reference\n\n::: {cls.__module__}.{cls.__name__}\n"
+    return f"{title}\n\n{_facts(name, cls)}\n\n{rest}\n\n{reference}"
+
+
+def _facts(name: str, cls: type[Method]) -> str:
+    known = _described()[name]
+    count = "depends on the content" if known["adaptive"] else "known before the pixels are seen"
+    rows = [
+        ["prunes", "; ".join(f"{WHERE[stage]} (`{stage}`)" for stage in known["stages"])],
+        ["for", ", ".join(SERVES[kind] for kind in known["serves"])],
+        ["families", _taking(known)],
+        ["budget", f"{_number(known['budget'])} by default; how many tokens are kept is {count}"],
+        ["measures", ", ".join(f"`{signal}`" for signal in known["needs"]) or "nothing beside the features"],
+        ["paper", _linked(known["paper"] or "none: a baseline")],
+    ]
+    return f"*{known['summary']}*\n\n" + _table(["", ""], rows) + "\n{ .facts }"
+
+
+def _taking(known: dict[str, Any]) -> str:
+    """Families that have all stages of the method, or those that lack one where they are fewer."""
+    if known["serves"] == ["vit"]:
+        return ", ".join(_link(one.name) for one in architectures())
+    lacking = [one.name for one in vlprune.supported_models() if not set(known["stages"]) <= set(one.stages)]
+    return f"all but {', '.join(map(_link, lacking))}" if lacking else "[all](../families/index.md)"
+
+
+def _methods() -> str:
+    rows = [
+        [
+            f"[{name}]({name}.md)",
+            known["summary"],
+            ", ".join(f"`{stage}`" for stage in known["stages"]),
+            "by content" if known["adaptive"] else "known",
+            _linked(known["paper"] or "baseline"),
+        ]
+        for name, known in _described().items()
+    ]
+    stages = _table(["stage", "where"], [[f"`{stage}`", where] for stage, where in WHERE.items()])
+    return (
+        "# Methods\n\nEach is one line: `vlprune.apply(model, NAME, budget=0.2)` "
+        "All of them follow each other in `vlprune.chain(...)`.\n\n"
+        f"{_table(['name', 'what it keeps', 'stages', 'count', 'paper'], rows)}\n\n{stages}\n"
+    )
+
+
+def _number(budget: float | int) -> str:
+    return f"{budget:.3g}" if isinstance(budget, float) else str(budget)
+
+
+def _linked(text: str) -> str:
+    return re.sub(r"arXiv:(\d{4}\.\d{5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
+
+
+# ------------------------------------------------------------------ families
+
+
+def _link(name: str) -> str:
+    return f"[{name}](../{_path(name)})"
+
+
+def _families() -> str:
+    rows = [
+        [
+            _link(one.name),
+            _types(one),
+            "yes" if one.video_layouts else "–",
+            ", ".join(f"`{s}`" for s in one.stages),
+            _counted(one),
+        ]
+        for one in vlprune.supported_models()
+    ]
+    alone = [[_link(one.name), _types(one)] for one in architectures()]
+    return (
+        "# Models\n\nModels of transformers (4.57 to 5.x), as they come from the hub, in any precision.\n\n"
+        f"{_table(['family', 'model types', 'videos', 'stages', 'what counts as an image'], rows)}\n\n"
+        "A budget is for each image. A model type is `model.config.model_type`; another one is refused with the list of those "
+        "that are taken, unless you [add it](../add-a-model.md).\n\n"
+        "## Vision transformers on their own\n\nClassifiers and image towers, for methods of the stage `reduce`.\n\n"
+        f"{_table(['architecture', 'model types, classes'], alone)}\n"
+    )
+
+
+def _types(one: Family | Architecture) -> str:
+    return ", ".join(f"`{name}`" for name in one.model_types)
+
+
+def _counted(one: Family) -> str:
+    """From the table in README: what a budget is for."""
+    for line in (DOCS.parent / "README.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 4 and one.name in (name.strip().replace(" 1.5", "") for name in cells[0].split(",")):
+            return cells[3]
+    raise LookupError(f"README.md has no row for {one.name}")
+
+
+def _family(one: Family) -> str:
+    rows = [
+        ["model types", _types(one)],
+        ["stages", ", ".join(f"{WHERE[stage]} (`{stage}`)" for stage in one.stages)],
+        ["images", _counted(one)],
+        [
+            "videos",
+            "yes: one is an image whose tiles are its frames" if one.video_layouts else "as far as they come as images",
+        ],
+        ["vision encoders", ", ".join(f"`{name}`" for name in one.vision_types)],
+        ["tested with", f"transformers {', '.join(one.tested)}" if one.tested else "–"],
+    ]
+    notes = "".join(f"- {note}\n" for note in _notes(one))
+    methods = [name for name, known in _described().items() if "vlm" in known["serves"]]
+    able = [f"[{name}](../methods/{name}.md)" for name in methods if set(_described()[name]["stages"]) <= set(one.stages)]
+    module = one.layouts.__module__
+    return (
+        f"# {one.name}\n\n{_table(['', ''], rows)}\n{{ .facts }}\n\n## Good to know\n\n{notes}\n"
+        f"## Methods\n\n{', '.join(able)}.\n\n## Described by\n\n`{module}`: data and functions of shapes, no forward.\n\n"
+        f"::: {module}\n    options:\n      show_root_heading: false\n      show_root_toc_entry: false\n"
+        "      show_if_no_docstring: true\n      filters: ['!^_', '!^[A-Z_0-9]+$']\n"
+    )
+
+
+def _notes(one: Family) -> list[str]:
+    """What the family's data mean for a user."""
+    with_cls = set(one.cls_types) & set(one.vision_types)
+    notes = [
+        ("Its vision encoder has [CLS], unless it is SigLIP's.", with_cls and set(one.vision_types) - with_cls),
+        ("Its vision encoder has [CLS].", with_cls and not set(one.vision_types) - with_cls),
+        ("Its vision encoder has no [CLS]; what stands in for its attention, each method's page says.", not with_cls),
+        ("Tokens cannot leave inside the vision encoder: methods with `encode` are refused.", "encode" not in one.stages),
+        ("The method `resize` is refused: the encoder wants a full grid of one size.", not one.resizable),
+        ("Images of any size, all patches in one row.", one.packed),
+        ("The projector takes several patches at once, so it always computes the full grid.", not one.pointwise),
+        ("Layers with a sliding window forget by themselves; their caches are not evicted.", one.sliding),
+    ]
+    return [note for note, holds in notes if holds] or ["Nothing out of the ordinary."]
+
+
+def _architecture(one: Architecture) -> str:
+    methods = [name for name, known in _described().items() if "vit" in known["serves"]]
+    rows = [
+        ["model types, classes", _types(one)],
+        ["blocks at", ", ".join(f"`{path}`" for path in one.blocks)],
+        ["stages", f"{WHERE['reduce']} (`reduce`)"],
+        ["methods", ", ".join(f"[{name}](../methods/{name}.md)" for name in methods)],
+    ]
+    return (
+        f"# {one.name}\n\nA vision transformer on its own.\n\n{_table(['', ''], rows)}\n{{ .facts }}\n\n"
+        "When a method is applied, each block runs on a few random rows: unless its parts give, bit for bit, what it gives "
+        "itself, the model is refused by name. [How this works](../architecture.md#vision-transformers-on-their-own).\n"
+    )
