@@ -150,8 +150,10 @@ class Heads:
     ``heads`` of them; ``scaling`` of the logits, None for ``d ** -0.5``; ``tables`` of the rows at hand.
     """
 
-    def __init__(self, layout: Layout, heads: int, scaling: float | None, tables: Any):
-        self.layout, self.heads, self.scaling, self.tables = layout, heads, scaling, tables
+    def __init__(self, layout: Layout, heads: int, scaling: float | None, block: Any, tables: Any):
+        self.heads, self.scaling, self.tables = heads, scaling, tables
+        self.rotary = None if tables is None else layout.rotary
+        self.attention = layout.attention_of(block)
 
     def each(self, run: Run, block: int) -> tuple[Tensor, Tensor, Tensor | None]:
         queries, keys = (self._turned(run, self._noted(noted[block])) for noted in (run.queries, run.keys))
@@ -159,14 +161,13 @@ class Heads:
 
     def mean_key(self, run: Run, block: int) -> Tensor:
         """The mean over the heads ``(B, N, d)``, float32."""
-        keys, rotary = self._noted(run.keys[block]), self.layout.rotary
-        if rotary is None or self.tables is None or not rotary.per_head(self.tables):
-            return self._turned(run, keys.mean(1, keepdim=True, dtype=torch.float32))[:, 0]
-        return self._turned(run, keys).mean(1, dtype=torch.float32)
+        keys = self._noted(run.keys[block])
+        if self.rotary is not None and self.rotary.per_head(self.tables):
+            return self._turned(run, keys).mean(1, dtype=torch.float32)
+        return self._turned(run, keys.mean(1, keepdim=True, dtype=torch.float32))[:, 0]
 
     def _turned(self, run: Run, x: Tensor) -> Tensor:
-        rotary = self.layout.rotary
-        return x if rotary is None or self.tables is None else rotary.turned(x, self.tables, run.prefix)
+        return x if self.rotary is None else self.rotary.turned(x, self.tables, run.prefix, self.attention)
 
     def _noted(self, out: Tensor | None) -> Tensor:
         """Without gradients."""
