@@ -274,7 +274,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 }
 """Options under which a method goes through the matrices; a method that is not named goes with its defaults."""
 
-LEAST: dict[str, float] = {"fastv": 0.5, "flowcut": 0.5, "mustdrop": 0.5, "pyramiddrop": 0.5}
+LEAST: dict[str, float] = {"fastv": 0.5, "flowcut": 0.5, "mustdrop": 0.5, "pyramiddrop": 0.5, "dart": 0.5}
 """Methods that drop inside the LLM cannot go below a budget, which depends on the model's depth; this one they can reach."""
 
 

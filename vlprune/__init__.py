@@ -20,6 +20,7 @@ from vlprune.image import CacheTokens, ImageLayout, ImageTokens, LayerTokens, Mo
 from vlprune.method import Merge, Method, Mixture, Plan, ScoreMethod, Selection, from_dict, register
 from vlprune.method import methods as _methods
 from vlprune.methods import (
+    DART,
     TNT,
     VTCCLS,
     VTM,
@@ -67,6 +68,7 @@ from vlprune.signals import (
 methods = _methods  # after the package vlprune.methods is imported, whose name the function takes here
 __version__ = "0.1.0"
 __all__ = [
+    "DART",
     "TNT",
     "VTCCLS",
     "VTM",
