@@ -14,11 +14,23 @@ from vlprune.methods.flowcut import FlowCut
 from vlprune.methods.globalcom2 import GlobalCom2
 from vlprune.methods.hired import HiRED
 from vlprune.methods.holov import HoloV
+from vlprune.methods.kv.a2sf import A2SF
+from vlprune.methods.kv.criticalkv import CriticalKV
+from vlprune.methods.kv.ems import EMS
+from vlprune.methods.kv.h2o import H2O
+from vlprune.methods.kv.keyformer import Keyformer
+from vlprune.methods.kv.lookm import LookM
+from vlprune.methods.kv.pyramidkv import PyramidKV
 from vlprune.methods.kv.snapkv import SnapKV
+from vlprune.methods.kv.spatten import SpAtten
+from vlprune.methods.kv.tova import TOVA
+from vlprune.methods.kv.vatp import VATP
+from vlprune.methods.kv.vlcache import VLCache
 from vlprune.methods.mustdrop import MustDrop
 from vlprune.methods.pitome import PiToMe
 from vlprune.methods.prumerge import PruMerge, PruMergePlus
 from vlprune.methods.pyramiddrop import PyramidDrop
+from vlprune.methods.sinks import without_sinks
 from vlprune.methods.tnt import TNT
 from vlprune.methods.todre import ToDRE
 from vlprune.methods.tofu import ToFu
@@ -29,11 +41,17 @@ from vlprune.methods.vtc_cls import VTCCLS
 from vlprune.methods.vtm import VTM
 
 __all__ = [
+    "A2SF",
     "DART",
+    "EMS",
+    "H2O",
     "TNT",
+    "TOVA",
+    "VATP",
     "VTCCLS",
     "VTM",
     "CDPruner",
+    "CriticalKV",
     "DiffRate",
     "DivPrune",
     "DynamicViT",
@@ -44,21 +62,26 @@ __all__ = [
     "GlobalCom2",
     "HiRED",
     "HoloV",
+    "Keyformer",
+    "LookM",
     "MustDrop",
-    "PiToMe",
     "PiToMe",
     "Pool",
     "PruMerge",
     "PruMergePlus",
     "PyramidDrop",
+    "PyramidKV",
     "Random",
     "Resize",
     "SnapKV",
+    "SpAtten",
     "ToDRE",
     "ToFu",
     "ToMe",
     "Uniform",
+    "VLCache",
     "VisPruner",
     "VisionZip",
     "chain",
+    "without_sinks",
 ]
