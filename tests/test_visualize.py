@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -218,7 +218,7 @@ def model() -> Any:
     return zoo.build("llava_next")
 
 
-def seen_of(model: Any, method: str, **options: Any) -> tuple[Report, visualize.Watched]:
+def seen_of(model: Any, method: Any, **options: Any) -> tuple[Report, visualize.Watched]:
     inputs = zoo.prompt("llava_next")
     with vlprune.applied(model, method, **options), visualize.watched(model) as seen, torch.inference_mode():
         model(**inputs)
@@ -249,13 +249,33 @@ def test_merged_tokens_have_the_colour_of_their_group(model: Any):
     assert len({next(iter(one)) for one in colours.values()}) == len(colours)
 
 
-def test_merges_inside_the_encoder_and_of_layers_are_followed(model: Any):
-    report, seen = seen_of(model, "mustdrop", budget=0.5, merge_share=1.0)
-    groups, (image,) = seen.groups(), report.images
-    merged = (groups >= 0).nonzero()[:, 0].tolist()
-    assert merged
-    after_encoder = set(image.stages[0].kept)
-    assert {int(groups[token]) for token in merged} <= after_encoder
+@dataclasses.dataclass(kw_only=True)
+class Chained(vlprune.Method):
+    """After vision block 0 each tile's last row joins the one before, after block 1 that one joins the first."""
+
+    adaptive: ClassVar[bool] = True
+    name: ClassVar[str] = "chained"
+
+    def encode_layers(self, layout: Any, shape: Any) -> tuple[int, ...]:
+        return (0, 1)
+
+    def encode(self, tokens: vlprune.VisionTokens) -> vlprune.Selection:
+        tiles, count = tokens.patches.shape
+        into = count - 2 if tokens.layer == 0 else 0
+        target = torch.full((tiles, count), -1)
+        target[:, [into, count - 1]] = into
+        return vlprune.Selection(torch.arange(count - 1).expand(tiles, -1), vlprune.Merge(target))
+
+
+def test_merges_inside_the_encoder_are_followed_to_their_end(model: Any):
+    report, seen = seen_of(model, Chained())
+    layout, groups = report.images[0].layout, seen.groups()
+    assert layout is not None
+    for tile in layout.placeholder.tolist():
+        present = [token for token in (tile[0], tile[14], tile[15]) if token >= 0]
+        if tile[0] >= 0:
+            assert groups[present].tolist() == [tile[0]] * len(present)
+    assert (groups >= 0).sum() <= 3 * layout.tiles
 
 
 def test_scores_are_the_attention_that_the_method_saw(model: Any):
