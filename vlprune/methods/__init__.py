@@ -26,6 +26,7 @@ from vlprune.methods.kv.spatten import SpAtten
 from vlprune.methods.kv.tova import TOVA
 from vlprune.methods.kv.vatp import VATP
 from vlprune.methods.kv.vlcache import VLCache
+from vlprune.methods.mctf import MCTF
 from vlprune.methods.mustdrop import MustDrop
 from vlprune.methods.pitome import PiToMe
 from vlprune.methods.prumerge import PruMerge, PruMergePlus
@@ -45,6 +46,7 @@ __all__ = [
     "DART",
     "EMS",
     "H2O",
+    "MCTF",
     "TNT",
     "TOVA",
     "VATP",
