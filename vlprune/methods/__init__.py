@@ -36,6 +36,7 @@ from vlprune.methods.tnt import TNT
 from vlprune.methods.todre import ToDRE
 from vlprune.methods.tofu import ToFu
 from vlprune.methods.tome import ToMe
+from vlprune.methods.vid_tldr import VidTLDR
 from vlprune.methods.visionzip import VisionZip
 from vlprune.methods.vispruner import VisPruner
 from vlprune.methods.vtc_cls import VTCCLS
@@ -82,6 +83,7 @@ __all__ = [
     "ToMe",
     "Uniform",
     "VLCache",
+    "VidTLDR",
     "VisPruner",
     "VisionZip",
     "chain",

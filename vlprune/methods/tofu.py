@@ -12,6 +12,7 @@ from vlprune.blocks import BlockMethod, BlockTokens
 from vlprune.errors import OptionError
 from vlprune.kernels import merge_rows
 from vlprune.method import register
+from vlprune.methods.assigning import leaving
 from vlprune.methods.tome import assignment
 from vlprune.schedule import by_ratio
 
@@ -64,7 +65,7 @@ def fused(rows: Tensor, assigned: Tensor, count: int, prefix: int, how: str) -> 
         empty = torch.full_like(rows[:, :count], -torch.inf)
         return empty.scatter_reduce(1, assigned[..., None].expand_as(rows), rows, "amax")
     if how == "prune":
-        return merge_rows(rows, assigned, targets(assigned, prefix).float(), count)[0]
+        return merge_rows(rows, assigned, (~leaving(assigned, prefix)).float(), count)[0]
     means = merge_rows(rows, assigned, None, count)[0]
     if how == "mean":
         return means
@@ -75,11 +76,3 @@ def fused(rows: Tensor, assigned: Tensor, count: int, prefix: int, how: str) -> 
     scale = torch.where(own > 0, longest / own.clamp(min=torch.finfo(own.dtype).tiny), 1.0)
     alone = torch.zeros_like(own).scatter_add(1, assigned, torch.ones_like(length)) == 1
     return torch.where(alone[..., None], means, (means * scale[..., None]).to(means.dtype))
-
-
-def targets(assigned: Tensor, prefix: int) -> Tensor:
-    """``(B, N)`` bool: rows that others go into, or that stay alone. Each group has one: the row at an odd place, if any."""
-    places = torch.arange(assigned.shape[1], device=assigned.device)
-    source = ((places % 2 == 0) & (places >= prefix)).expand_as(assigned)
-    members = torch.zeros_like(assigned).scatter_add(1, assigned, torch.ones_like(assigned)).gather(1, assigned)
-    return ~source | (members == 1)
