@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := bin/pip -qq
 
 # One thread a worker, or two workers share the cores badly; and nothing here needs the network.
-TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+TEST_ENV := NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST := bin/pytest -n 2
 NO_TRANSFORMERS := $(patsubst %,--ignore=tests/evals/test_%.py,benchmarks compare metrics recipes synthvqa vqa_normalisation)
 
@@ -21,6 +21,7 @@ help:
 	@echo "make test        everything that must hold: style, types, import contracts, and the tests with two transformers"
 	@echo "make env         the environment .venv that both use"
 	@echo "make env-oldest  the environment .venv-oldest, with the oldest transformers that is supported"
+	@echo "make docs        the site of docs/, in site/"
 	@echo "make lint        style and import contracts"
 	@echo "make format      put the style right where that needs no thought"
 	@echo "make types       static types"
@@ -40,8 +41,13 @@ test: env env-oldest lint types
 	@echo "Tests, with the newest transformers:"
 	@$(TEST_ENV) .venv/$(PYTEST) $(PYTEST_ARGS)
 	@echo "The same tests, with the oldest transformers (wheel, kernels, data and metrics do not depend on it):"
-	@$(TEST_ENV) .venv-oldest/$(PYTEST) --ignore=tests/test_packaging.py --ignore=tests/kernels $(NO_TRANSFORMERS) $(PYTEST_ARGS)
+	@$(TEST_ENV) .venv-oldest/$(PYTEST) --ignore=tests/test_packaging.py --ignore=tests/test_site.py --ignore=tests/kernels $(NO_TRANSFORMERS) $(PYTEST_ARGS)
 	@echo "All checks passed."
+
+.PHONY: docs
+docs: env
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet
+	@echo "The site is built: open site/index.html."
 
 .PHONY: lint
 lint: env
@@ -97,5 +103,5 @@ comma := ,
 
 .PHONY: clean
 clean:
-	rm -rf .venv .venv-oldest build dist results .hypothesis .import_linter_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest build dist results site .hypothesis .import_linter_cache .pytest_cache .ruff_cache
 	find vlprune tests -name __pycache__ -type d -prune -exec rm -rf {} +

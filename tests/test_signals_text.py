@@ -21,7 +21,18 @@ from tests.test_generation import full_cache
 from vlprune.engine import attention
 from vlprune.image import CacheTokens, ImageLayout, LayerTokens, ModelShape, top
 from vlprune.method import Method, Plan, Selection
-from vlprune.signals import Hidden, Keys, ModuleDelta, QueryAttention, ReceivedAttention, Signal, Values
+from vlprune.signals import (
+    AttentionColumns,
+    AttentionSupport,
+    Hidden,
+    Keys,
+    ModuleDelta,
+    QueryAttention,
+    ReceivedAttention,
+    Signal,
+    SinkShare,
+    Values,
+)
 
 FAMILIES = ["llava", "qwen2_vl", "qwen3_vl", "gemma3"]
 """Grouped queries; M-RoPE; norms of queries and keys, and features added between layers; windows that slide."""
@@ -37,6 +48,10 @@ def signals(layer: int | None) -> list[Signal]:
         for mean in (False, True)
     ]
     asked += [kind(layer, "text") for kind in (ReceivedAttention, Keys, Values, Hidden, ModuleDelta)]
+    for queries, decay in (("all", 0.9), ("text", 1.0), ("after", 1.0), ("last", 1.0), (5, 0.5)):
+        asked.append(AttentionColumns(layer, queries=queries, decay=decay))  # pyright: ignore[reportArgumentType]
+    asked += [AttentionSupport(layer, threshold=0.3), SinkShare(layer)]
+    asked += [Hidden(layer, "text", state="before"), Hidden(layer, "text", state="normed")]
     return [*asked, ModuleDelta(layer, "text", module="mlp")]
 
 
@@ -130,6 +145,7 @@ class Eager:
         self.before: list[Tensor] = []
         self.after: list[Tensor] = []
         self.deltas: dict[str, list[Tensor]] = {"attention": [], "mlp": []}
+        self.norm = model.model.language_model.norm
         handles = []
         for layer in text_layers(model):
             handles.append(layer.register_forward_hook(self._layer, with_kwargs=True))
@@ -165,32 +181,49 @@ class Prompt:
     drafts: int = 0
     past: int = 0
 
-    def queries(self, signal: QueryAttention, sample: int) -> Tensor:
+    def queries(self, which: str | int, sample: int, gone: Tensor | None = None) -> Tensor:
         real = self.real[sample].clone()
         places = real.nonzero()[:, 0]
         real[places[len(places) - self.drafts :]] = False
-        if signal.queries == "last":
+        if which == "last":
             return real.nonzero()[-1:, 0]
+        if which == "all":
+            assert gone is not None
+            return (real & ~gone).nonzero()[:, 0]
         text = (real & ~self.visual[sample]).nonzero()[:, 0]
-        return text if signal.queries == "text" else text[-int(signal.queries) :]
+        if which == "after":
+            return text[text > self.visual[sample].nonzero().max()]
+        return text if which == "text" else text[-int(which) :]
 
 
 def expected(run: Eager, prompt: Prompt, gone: Dropped, signal: Signal, layer: int, sample: int, places: Tensor) -> Tensor:
     """The values of the tokens at ``places`` of the prompt."""
     columns = places + prompt.past
     if isinstance(signal, QueryAttention):
-        weights = run.weights[layer][sample][:, prompt.queries(signal, sample)][..., columns]
+        weights = run.weights[layer][sample][:, prompt.queries(signal.queries, sample)][..., columns]
         weights = weights.mean(0, keepdim=True) if signal.mean_heads else weights
         return weights.mean(1, keepdim=True) if signal.mean_queries else weights
     if isinstance(signal, ReceivedAttention):
         rows = prompt.real[sample] & ~gone.reading[layer][sample]
         return run.weights[layer][sample][:, rows][..., columns].mean(1)
+    if isinstance(signal, AttentionColumns):
+        rows = prompt.queries(signal.queries, sample, gone.reading[layer][sample]).tolist()
+        weights = [signal.decay ** (len(rows) - 1 - i) * run.weights[layer][sample][:, row] for i, row in enumerate(rows)]
+        return sum(weights)[:, columns]  # pyright: ignore[reportIndexIssue]
+    if isinstance(signal, AttentionSupport):
+        rows = run.weights[layer][sample][:, prompt.queries("after", sample)]
+        return (rows >= signal.threshold * rows.amax(-1, keepdim=True)).double().sum(-1).mean(-1)
+    if isinstance(signal, SinkShare):
+        energy = run.before[layer][sample].double().square()
+        sinks = energy[prompt.real[sample].nonzero()[0, 0]].topk(signal.channels).indices
+        return (energy[:, sinks].amax(-1) / energy.sum(-1))[places, None]
     if isinstance(signal, Keys):
         return run.keys[layer][sample][:, columns]
     if isinstance(signal, Values):
         return run.values[layer][sample][:, columns]
     if isinstance(signal, Hidden):
-        return run.after[layer][sample, places]
+        states = (run.before if signal.state == "before" else run.after)[layer][sample, places]
+        return run.norm(states).detach() if signal.state == "normed" else states
     assert isinstance(signal, ModuleDelta)
     return run.deltas[signal.module][layer][:, sample, places]
 
@@ -231,7 +264,8 @@ def compare(seen: list[Seen], run: Eager, prompt: Prompt, gone: Dropped, runs: l
         there = (prompt.real[sample] & ~gone.reading[at.layer - 1][sample]).nonzero()[:, 0]
         close(at.tokens.hidden, run.before[at.layer][sample, there], "hidden")
         assert torch.equal(there[at.tokens.visual], places[at.tokens.positions])
-        assert there[at.tokens.last] == prompt.queries(QueryAttention(), sample)
+        assert there[at.tokens.last] == prompt.queries("last", sample)
+        assert torch.equal(there[at.tokens.text], prompt.queries("text", sample))
         for signal, value in at.rows.items():
             layer = at.layer - 1 if signal.layer is None else signal.layer
             close(value, expected(run, prompt, gone, signal, layer, sample, there), (at.stage, at.layer, signal))
@@ -351,7 +385,11 @@ def test_signals_while_text_is_generated(kernel, cache):
         for queries in ("last", "text", 5):
             close(at.values[QueryAttention(at.layer, queries=queries)][:, 0], expected, at.layer)
         close(at.values[ReceivedAttention(at.layer, "text")], expected, at.layer)
-        assert not any(isinstance(signal, (Keys, Values, Hidden, ModuleDelta)) for signal in at.values)
+        sums = [value for signal, value in at.values.items() if isinstance(signal, AttentionColumns)]
+        assert len(sums) == 5
+        for value in sums:
+            close(value, expected, at.layer)
+        assert not any(isinstance(signal, (Keys, Values, Hidden, ModuleDelta, SinkShare)) for signal in at.values)
         head = own.layers[at.layer].keys[sample].gather(1, columns[..., None].expand(-1, -1, 16))
         close(at.tokens.keys, head, "keys")
 

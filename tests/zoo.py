@@ -261,6 +261,11 @@ FAMILIES: dict[str, Entry] = {
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "sparsevlm": [{"recycle": 0.0}],
+    "h2o": [{"recent": 0.5}],
+    "look-m": [{"merging": "none"}],
+    "ems": [{"window": 3, "likeness": None}],
+    "criticalkv": [{"window": 3, "kernel": 3}],
+    "pyramidkv": [{"window": 3, "kernel": 3}],
     "holov": [{"chunks": 3}],
     "visionzip": [{"contextual": 0.4}],
     "vispruner": [{"important": 0.3}],
@@ -275,7 +280,16 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 }
 """Options under which a method goes through the matrices; a method that is not named goes with its defaults."""
 
-LEAST: dict[str, float] = {"fastv": 0.5, "flowcut": 0.5, "mustdrop": 0.5, "pyramiddrop": 0.5, "sparsevlm": 0.5}
+LEAST: dict[str, float] = {
+    "fastv": 0.5,
+    "flowcut": 0.5,
+    "mustdrop": 0.5,
+    "pyramiddrop": 0.5,
+    "spatten": 0.5,
+    "dart": 0.5,
+    "sparsevlm": 0.5,
+}
+LEAST: dict[str, float] = {"fastv": 0.5, "flowcut": 0.5, "mustdrop": 0.5, "pyramiddrop": 0.5}
 """Methods that drop inside the LLM cannot go below a budget, which depends on the model's depth; this one they can reach."""
 
 

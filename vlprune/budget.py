@@ -53,6 +53,15 @@ def apportion(count: int, weights: Sequence[float], capacities: Sequence[int]) -
     return [winners.count(i) for i in range(len(weights))]
 
 
+def over_layers(mean: int, weights: Sequence[float], total: int) -> list[int]:
+    """``mean`` tokens a layer, shared out in proportion to ``weights``: from 1 to ``total`` each, exact in sum."""
+    counts = apportion(mean * len(weights), weights, [total] * len(weights))
+    while 0 in counts:
+        counts[counts.index(max(counts))] -= 1
+        counts[counts.index(0)] += 1
+    return counts
+
+
 # ------------------------------------------------------------------ counts over the layers of the LLM
 #
 # Methods that drop inside the LLM spend `room` = budget x layers: a token costs one for each layer that it goes through.

@@ -130,7 +130,7 @@ class LayerTokens(_Measured):
 
     ``hidden (n, D)``: all rows of the sequence that are still there, text and images, in order. ``visual (N,)`` int64,
     ascending: which of them are this image's. ``positions (N,)``: their indices in the image's run of placeholders.
-    ``last``: the row of the prompt's last token. ``text (R,)`` int64, ascending: the rows of the prompt's text, in the order of
+    ``last``: the row of the prompt's last token. ``text (R,)`` int64, ascending: rows of the prompt's text, in the order of
     ``QueryAttention(queries="text")``. ``count``: how many visual tokens are to be left.
 
     ``tokens[signal]`` holds this image's tokens; ``tokens.rows(signal)`` holds, for signals that have a value for each row

@@ -46,7 +46,7 @@ def all_methods() -> dict[str, type[Method]]:
 
 def described(name: str, cls: type[Method]) -> dict[str, Any]:
     """What a script may want to know of a method."""
-    method = cls()
+    method = _blank(cls)
     return {
         "name": name,
         "summary": summary(cls),
@@ -56,8 +56,17 @@ def described(name: str, cls: type[Method]) -> dict[str, Any]:
         "needs": list(dict.fromkeys(type(signal).__name__ for signal in method.wants(TYPICAL))),
         "adaptive": bool(method.adaptive),
         "budget": method.budget,
-        "options": {field.name: getattr(method, field.name) for field in dataclasses.fields(method)},
+        "options": {field.name: getattr(method, field.name, None) for field in dataclasses.fields(method)},
     }
+
+
+def _blank(cls: type[Method]) -> Method:
+    """The method with its defaults; unchecked, since options may be required (trained weights) and are not known here."""
+    method = cls.__new__(cls)
+    for field in dataclasses.fields(cls):
+        if field.default_factory is not dataclasses.MISSING:
+            setattr(method, field.name, field.default_factory())
+    return method
 
 
 def summary(cls: type) -> str:

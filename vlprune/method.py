@@ -263,6 +263,11 @@ def from_dict(data: dict[str, Any]) -> Method:
         from vlprune.methods.chain import chain
 
         return chain(*map(from_dict, options["methods"]))
+    if options["method"] == "without-sinks":
+        from vlprune.methods.sinks import without_sinks
+
+        (wrapped,) = options.pop("methods")
+        return without_sinks(from_dict(wrapped), options["threshold"], options["channels"])
     return make(options.pop("method"), **options)
 
 

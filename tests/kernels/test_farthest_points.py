@@ -93,6 +93,19 @@ def test_with_less_memory(backend, at_once, started, monkeypatch):
     assert chosen.tolist() == by_definition(features, 12, start, valid)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rounded", [True, False])
+def test_many_points_are_chosen_as_few_are(dtype, rounded, monkeypatch):
+    """On a CPU cosines are made by halves, and rounds are done in arrays; with a row at a time they are done in tensors."""
+    features = exact(2, 77).to(dtype)
+    monkeypatch.setattr(reference, "TOGETHER", 10)
+    with using("reference"):
+        at_once = farthest_points(features, 30, rounded=rounded)
+        monkeypatch.setattr(reference, "AT_ONCE", 100)
+        a_row_at_a_time = farthest_points(features, 30, rounded=rounded)
+    assert torch.equal(at_once, a_row_at_a_time)
+
+
 def published(features: Tensor, count: int) -> list[int]:
     """DivPrune's rule in the dtype of the features: a matrix of rounded distances, its second smallest entries, its minima."""
     unit = features / features.norm(dim=-1, keepdim=True)

@@ -36,6 +36,7 @@ MODELS = {
     "norms of queries and keys": (1, lambda: VisionTransformer(**SIZE, qk_norm=True, drop_path_rate=0.1)),
     "distilled": (2, distilled),
     "eva": (1, lambda: Eva(**EVA, init_values=0.6)),
+    "eva rotary": (1, lambda: Eva(**{**EVA, "use_rot_pos_emb": True}, init_values=0.6)),
     "eva swiglu": (1, lambda: Eva(**EVA, swiglu_mlp=True, qkv_fused=False)),
 }
 
@@ -122,14 +123,12 @@ def test_gradients_are_those_with_activation_checkpointing():
     assert close(*gradients, 1e-5)
 
 
-def test_other_residual_layouts_and_positions_are_refused_by_name():
+def test_other_residual_layouts_are_refused_by_name():
     from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
 
     for block in (ParallelScalingBlock, ResPostBlock):
         with pytest.raises(vlprune.UnsupportedModelError, match=block.__name__):
             vlprune.apply(VisionTransformer(**SIZE, block_fn=block), "tome")
-    with pytest.raises(vlprune.UnsupportedModelError, match="rotary"):
-        vlprune.apply(Eva(**{**EVA, "use_rot_pos_emb": True}), "tome")
     for name in ("swin_tiny_patch4_window7_224", "vit_relpos_small_patch16_224"):
         model = timm.create_model(name)
         with pytest.raises(vlprune.UnsupportedModelError, match=type(model).__name__):

@@ -82,10 +82,11 @@ class Sequence:
         """Tokens of text in each sample."""
         return [n - sum(i.count for i in images) for n, images in zip(self.lengths, self.images, strict=True)]
 
-    def text_rows(self, drafts: int, after: bool = False) -> Tensor:
+    def text_rows(self, drafts: int, after: bool = False, version: int | None = None) -> Tensor:
         """Physical rows ``(B, R)`` of text, right-aligned, without the last ``drafts`` of them; FILLER for shorter samples.
 
-        ``after``: FILLER, too, for what stands before the last visual token of a sample.
+        ``after``: FILLER, too, for what stands before the last visual token of a sample. ``version``: rows as they were when
+        that was the latest one.
         """
         counts = self.text_counts()
         text = ~self.visual if self.padding is None else ~self.visual & ~self.padding.to(self.visual.device)
@@ -95,7 +96,7 @@ class Sequence:
             places = torch.arange(self.visual.shape[1], device=logical.device)
             last = torch.where(self.visual, places, -1).amax(1, keepdim=True)
             logical = torch.where(logical < last, FILLER, logical)
-        slots = self._slots[self.version]
+        slots = self._slots[self.version if version is None else version]
         if slots is None:
             return logical
         return torch.where(logical < 0, FILLER, slots.gather(1, logical.clamp(min=0)))

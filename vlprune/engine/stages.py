@@ -121,15 +121,20 @@ def _layer_tokens(now: Pass, sequence: Sequence, layer: int, hidden: Tensor, ima
         signals=values,
         row_signals=rows,
         notes=image.notes,
-        find_text=lambda: _text_rows(sequence, image.sample, now.drafts).to(hidden.device),
+        find_text=_text_rows(sequence, image.sample, now.drafts, hidden.device),
     )
 
 
-def _text_rows(sequence: Sequence, sample: int, drafts: int) -> Tensor:
-    """Which of the sample's rows ``(R,)`` are text of the prompt, counted from its first one."""
-    rows = sequence.text_rows(drafts)[sample]
-    count = max(sequence.text_counts()[sample] - drafts, 0)
-    return rows[rows.shape[0] - count :] - (sequence.size - sequence.lengths[sample])
+def _text_rows(sequence: Sequence, sample: int, drafts: int, device: torch.device) -> Callable[[], Tensor]:
+    """Finds which of the sample's rows ``(R,)``, counted from its first one now, are text of the prompt."""
+    version, filler = sequence.version, sequence.size - sequence.lengths[sample]
+
+    def find() -> Tensor:
+        rows = sequence.text_rows(drafts, version=version)[sample]
+        count = max(sequence.text_counts()[sample] - drafts, 0)
+        return to_device(rows[rows.shape[0] - count :] - filler, device)
+
+    return find
 
 
 def _move(tensors: dict[Any, Tensor], device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """Model families, one file each. A family from outside: ``vlprune.integrations.register(Family(...))``."""
 
 from vlprune.engine.family import Family, register
-from vlprune.integrations import gemma3, idefics, internvl, llava, llava_onevision, mistral3, qwen_vl, timm, vit
+from vlprune.integrations import gemma3, idefics, internvl, llava, llava_onevision, mistral3, open_clip, qwen_vl, timm, vit
 
 __all__ = [
     "Family",
@@ -11,6 +11,7 @@ __all__ = [
     "llava",
     "llava_onevision",
     "mistral3",
+    "open_clip",
     "qwen_vl",
     "register",
     "timm",

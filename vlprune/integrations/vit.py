@@ -3,7 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
-from vlprune.engine.vit import Architecture, Layout, VitShape, register
+from torch import Tensor
+
+from vlprune.engine.vit import Architecture, Layout, Rotary, VitShape, register
+from vlprune.integrations.by_hand import halves_rotate
 
 CLIP = Layout("layer_norm1", "self_attn", "self_attn.k_proj", (), ("layer_norm2", "mlp"))
 VIT = Layout("layernorm_before", "attention", "attention.k_proj", ("dropout",), ("layernorm_after", "mlp", "dropout"))
@@ -22,6 +25,14 @@ DINO = Layout(
     ("layer_scale1", "drop_path"),
     ("norm2", "mlp", "layer_scale2", "drop_path"),
 )
+
+
+def example(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each for both members of a pair."""
+    return angles.cos().tile(2), angles.sin().tile(2)
+
+
+DINO_ROTARY = replace(DINO, rotary=Rotary("position_embeddings", halves_rotate, example))
 DINO_4 = Layout(
     "norm1",
     "attention.attention",
@@ -45,6 +56,14 @@ def without_cls(model: Any) -> VitShape:
     return replace(shape(model), prefix=0)
 
 
+def padded(model: Any) -> VitShape:
+    return replace(shape(model), prefix=0, padding=True)
+
+
+def distilled(model: Any) -> VitShape:
+    return replace(shape(model), prefix=2)
+
+
 def with_registers(model: Any) -> VitShape:
     return replace(shape(model), prefix=1 + model.config.num_register_tokens)
 
@@ -54,16 +73,19 @@ def _inside(name: str, *paths: str) -> tuple[str, ...]:
     return (*paths, *(f"{name}.{path}" for path in paths))
 
 
-register(Architecture("ViT", ("vit",), _inside("vit", "layers", "encoder.layer"), (VIT, VIT_4), shape))
-register(Architecture("CLIP", ("clip", "clip_vision_model"), TOWER, (CLIP,), shape))
-register(Architecture("SigLIP", ("siglip", "siglip_vision_model"), TOWER, (CLIP,), without_cls))
-register(Architecture("DINOv2", ("dinov2",), _inside("dinov2", "encoder.layer"), (DINO, DINO_4), shape))
-register(
-    Architecture(
-        "DINOv2 with registers",
-        (REGISTERS,),
-        _inside(REGISTERS, "encoder.layer"),
-        (DINO, DINO_4),
-        with_registers,
-    )
-)
+VITS = (VIT, VIT_4)
+DINOS = (DINO, DINO_4)
+for name, model_types, blocks, layouts, of in (
+    ("ViT", ("vit",), _inside("vit", "layers", "encoder.layer"), VITS, shape),
+    ("DeiT", ("deit",), _inside("deit", "layers", "encoder.layer"), VITS, distilled),
+    ("ViT-MSN", ("vit_msn",), _inside("vit", "layers", "encoder.layer"), VITS, shape),
+    ("I-JEPA", ("ijepa",), _inside("ijepa", "layers", "encoder.layer"), VITS, without_cls),
+    ("CLIP", ("clip", "clip_vision_model"), TOWER, (CLIP,), shape),
+    ("MetaCLIP 2", ("metaclip_2", "metaclip_2_vision_model"), TOWER, (CLIP,), shape),
+    ("SigLIP", ("siglip", "siglip_vision_model"), TOWER, (CLIP,), without_cls),
+    ("SigLIP 2", ("siglip2", "siglip2_vision_model"), TOWER, (CLIP,), padded),
+    ("DINOv2", ("dinov2",), _inside("dinov2", "encoder.layer"), DINOS, shape),
+    ("DINOv2 with registers", (REGISTERS,), _inside(REGISTERS, "encoder.layer"), DINOS, with_registers),
+    ("DINOv3", ("dinov3_vit",), _inside("dinov3_vit", "model.layer", "layer"), (DINO_ROTARY,), with_registers),
+):
+    register(Architecture(name, model_types, blocks, layouts, of))

@@ -8,6 +8,7 @@ from vlprune.methods.chain import chain
 from vlprune.methods.dart import DART
 from vlprune.methods.diffrate import DiffRate
 from vlprune.methods.divprune import DivPrune
+from vlprune.methods.dynamicvit import DynamicViT
 from vlprune.methods.evit import EViT
 from vlprune.methods.fastervlm import FasterVLM
 from vlprune.methods.fastv import FastV
@@ -15,28 +16,55 @@ from vlprune.methods.flowcut import FlowCut
 from vlprune.methods.globalcom2 import GlobalCom2
 from vlprune.methods.hired import HiRED
 from vlprune.methods.holov import HoloV
+from vlprune.methods.kv.a2sf import A2SF
+from vlprune.methods.kv.criticalkv import CriticalKV
+from vlprune.methods.kv.ems import EMS
+from vlprune.methods.kv.h2o import H2O
+from vlprune.methods.kv.keyformer import Keyformer
+from vlprune.methods.kv.lookm import LookM
+from vlprune.methods.kv.pyramidkv import PyramidKV
 from vlprune.methods.kv.snapkv import SnapKV
+from vlprune.methods.kv.spatten import SpAtten
+from vlprune.methods.kv.tova import TOVA
+from vlprune.methods.kv.vatp import VATP
+from vlprune.methods.kv.vlcache import VLCache
+from vlprune.methods.mctf import MCTF
 from vlprune.methods.mustdrop import MustDrop
 from vlprune.methods.pitome import PiToMe
 from vlprune.methods.prumerge import PruMerge, PruMergePlus
 from vlprune.methods.pyramiddrop import PyramidDrop
 from vlprune.methods.scope import SCOPE
+from vlprune.methods.sinks import without_sinks
 from vlprune.methods.sparsevlm import SparseVLM
+from vlprune.methods.tnt import TNT
 from vlprune.methods.todre import ToDRE
+from vlprune.methods.tofu import ToFu
 from vlprune.methods.tome import ToMe
+from vlprune.methods.vid_tldr import VidTLDR
 from vlprune.methods.visionzip import VisionZip
 from vlprune.methods.vispruner import VisPruner
 from vlprune.methods.vtc_cls import VTCCLS
+from vlprune.methods.vtm import VTM
 
 __all__ = [
+    "A2SF",
     "ATS",
     "DART",
+    "EMS",
+    "H2O",
+    "MCTF",
     "SCOPE",
+    "TNT",
+    "TOVA",
+    "VATP",
     "VTCCLS",
+    "VTM",
     "ApET",
     "CDPruner",
+    "CriticalKV",
     "DiffRate",
     "DivPrune",
+    "DynamicViT",
     "EViT",
     "FastV",
     "FasterVLM",
@@ -44,21 +72,28 @@ __all__ = [
     "GlobalCom2",
     "HiRED",
     "HoloV",
+    "Keyformer",
+    "LookM",
     "MustDrop",
-    "PiToMe",
     "PiToMe",
     "Pool",
     "PruMerge",
     "PruMergePlus",
     "PyramidDrop",
+    "PyramidKV",
     "Random",
     "Resize",
     "SnapKV",
+    "SpAtten",
     "SparseVLM",
     "ToDRE",
+    "ToFu",
     "ToMe",
     "Uniform",
+    "VLCache",
+    "VidTLDR",
     "VisPruner",
     "VisionZip",
     "chain",
+    "without_sinks",
 ]

@@ -39,3 +39,11 @@ def lowest(scores: Tensor, prefix: int, leaving: int) -> Tensor:
     leaves = torch.ones_like(scores, dtype=torch.bool).scatter(1, kept, False)
     leaves[:, :prefix] = False
     return leaves
+
+
+def leaving(assigned: Tensor, prefix: int) -> Tensor:
+    """``(B, N)`` bool: rows at even places that go into one at an odd place, in an assignment by ToMe's pairs."""
+    places = torch.arange(assigned.shape[1], device=assigned.device)
+    even = (places % 2 == 0) & (places >= prefix)
+    members = torch.zeros_like(assigned).scatter_add(1, assigned, torch.ones_like(assigned))
+    return even & (members.gather(1, assigned) > 1)

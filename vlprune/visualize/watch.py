@@ -62,9 +62,11 @@ class Watched:
     choices: list[list[Choice]] = field(default_factory=list)
 
     def groups(self, image: int = 0) -> Tensor:
-        """The placeholder ``(total,)`` that each one of an image is part of in the end: its own where it is merged with none
-        or takes others in, -1 where nobody took it in, or knows."""
-        choices = self.choices[image]
+        """The placeholder ``(total,)`` that each one of an image has become a part of, its own if others have become a part of
+        it; -1 for those that nothing was merged with. Merging in the caches, a layer at a time, is left out."""
+        choices = [choice for choice in self.choices[image] if choice.stage != "evict"]
+        if not choices:
+            return torch.full((self.choices[image][0].total,), -1)
         root = torch.arange(choices[0].total)
         merged = torch.zeros(choices[0].total, dtype=torch.bool)
         for choice in choices:

@@ -54,6 +54,9 @@ class Architecture:
                 return path
         raise UnsupportedModelError(f"{type(model).__name__} has no blocks of {self.name} at {', '.join(self.blocks)}")
 
+    def blocks_of(self, model: nn.Module) -> list[nn.Module]:
+        return list(model.get_submodule(self.path_of(model)).children())
+
     def layout_of(self, block: nn.Module) -> Layout:
         """Raises :class:`UnsupportedModelError` for a block with parts that no layout knows."""
         for layout in self.layouts:

@@ -108,7 +108,7 @@ def _reduced(block: Any, state: BlockState, x: Tensor, named: dict[str, Any]) ->
     options = state.options(named)
     x = x + layout.attend(block, x, run.bias(index, x), options, state.noted)
     tables = None if layout.rotary is None else options[layout.rotary.argument]
-    x = run.merge(index, x, Heads(layout, state.heads, state.scaling, tables))
+    x = run.merge(index, x, Heads(layout, state.heads, state.scaling, block, tables))
     return x + layout.feed(block, x)
 
 

@@ -28,7 +28,7 @@ def residuals(name: str, block: nn.Module, layout: Layout, shape: VitShape) -> b
     x, options = _rows(block, shape, 1), tried_options(block, layout, shape, 1)
     with _quiet(block):
         forward = original(type(block)).forward
-        named = {**_blank(forward, 2), **_tables(layout, shape, x, 1)}
+        named = {**_blank(forward, 2), **_tables(block, layout, shape, 1)}
         out = forward(block, x.transpose(0, 1) if shape.sequence_first else x, **named)
         whole = out[0] if isinstance(out, tuple) else out
         whole = whole.transpose(0, 1) if shape.sequence_first else whole
@@ -64,17 +64,17 @@ def proportional(name: str, block: nn.Module, layout: Layout, shape: VitShape) -
 
 def tried_options(block: nn.Module, layout: Layout, shape: VitShape, copies: int) -> dict[str, Any]:
     """What the block's attention is given besides rows and mask when it is tried."""
-    weight = next(block.parameters())
-    return {**blank_options(block, layout), **_tables(layout, shape, weight, copies)}
+    return {**blank_options(block, layout), **_tables(block, layout, shape, copies)}
 
 
-def _tables(layout: Layout, shape: VitShape, like: Tensor, copies: int) -> dict[str, Any]:
+def _tables(block: nn.Module, layout: Layout, shape: VitShape, copies: int) -> dict[str, Any]:
     """Rotary tables of the rows, the last one ``copies`` times."""
     if layout.rotary is None:
         return {}
     generator = torch.Generator().manual_seed(1)
-    angles = torch.randn(ROWS, shape.width // shape.heads // 2, generator=generator)
-    angles = torch.cat([angles, angles[-1:].expand(copies - 1, -1)]).to(like.device)
+    width = getattr(layout.attention_of(block), "head_dim", shape.width // shape.heads)
+    angles = torch.randn(ROWS, width // 2, generator=generator)
+    angles = torch.cat([angles, angles[-1:].expand(copies - 1, -1)]).to(next(block.parameters()))
     return {layout.rotary.argument: layout.rotary.example(angles)}
 
 

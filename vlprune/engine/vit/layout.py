@@ -15,6 +15,7 @@ from vlprune.kernels import merge_rows
 COMPANIONS = {
     "k_proj": {"queries": ("q_proj",), "values": ("v_proj",)},
     "key": {"queries": ("query",), "values": ("value",)},
+    "ln_k": {"queries": ("ln_q",)},
     "k_norm": {"queries": ("q_norm",), "values": ("v_proj", "qkv")},
 }
 """By the last name of the module that hands out keys: those beside it for queries and values."""
@@ -28,12 +29,13 @@ class Rotary:
     """How a block is told the rotary tables of its rows.
 
     ``argument`` of the block; it holds one tensor or several, each of shape ``(rows, width)`` or ``(heads, rows, width)`` and
-    without protected rows. ``rotate(x (B, H, N, d), argument)`` turns rows without protected ones.
-    ``example(angles (rows, d / 2))`` is such an argument, to try a block with.
+    without protected rows; a batch's have four dimensions. ``rotate(x (B, H, N, d), argument, attention)``
+    turns rows without protected ones as the module does. ``example(angles (rows, d / 2))`` is such an argument, to try a
+    block with.
     """
 
     argument: str
-    rotate: Callable[[Tensor, Any], Tensor]
+    rotate: Callable[[Tensor, Any, Any], Tensor]
     example: Callable[[Tensor], Any]
 
     def merged(self, tables: Any, places: Tensor, rows: int) -> Any:
@@ -43,19 +45,18 @@ class Rotary:
         """
         if not isinstance(tables, Tensor):
             return tuple(self.merged(table, places, rows) for table in tables)
-        heads = 1 if tables.ndim == 2 else tables.shape[0]
-        flat = tables if tables.ndim == 2 else tables.transpose(0, 1).flatten(1)
-        means = merge_rows(flat.expand(len(places), -1, -1), places, None, rows)[0]
-        return means.unflatten(-1, (heads, -1)).transpose(1, 2)
+        tables = tables[(None,) * (4 - tables.ndim)].transpose(1, 2)
+        flat = tables.flatten(2).expand(len(places), -1, -1)
+        return merge_rows(flat, places, None, rows)[0].unflatten(-1, tables.shape[2:]).transpose(1, 2)
 
-    def turned(self, x: Tensor, tables: Any, prefix: int) -> Tensor:
+    def turned(self, x: Tensor, tables: Any, prefix: int, attention: Any) -> Tensor:
         """``x (B, H, N, d)`` with all but the first ``prefix`` rows turned."""
-        return torch.cat([x[:, :, :prefix], self.rotate(x[:, :, prefix:], tables).type_as(x)], 2)
+        return torch.cat([x[:, :, :prefix], self.rotate(x[:, :, prefix:], tables, attention).type_as(x)], 2)
 
     def per_head(self, tables: Any) -> bool:
         """Whether heads are turned differently."""
         first = tables if isinstance(tables, Tensor) else tables[0]
-        return first.ndim == 3 or (first.ndim == 4 and first.shape[1] > 1)
+        return first.ndim > 2 and first.shape[-3] > 1
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,9 @@ class Layout:
         attention = part_of(block, self.attention)
         said = getattr(attention, "scale", getattr(attention, "scaling", None))
         return said if isinstance(said, float) else None
+
+    def attention_of(self, block: nn.Module) -> Any:
+        return part_of(block, self.attention)
 
     def fits(self, block: nn.Module) -> bool:
         """Whether the block has all these parts and no others, and its attention takes the mask."""

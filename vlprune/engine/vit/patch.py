@@ -30,7 +30,7 @@ class VitPatch:
             )
         self.model, self.architecture, self.method = model, architecture, method
         self.tower = tower_of(model) if tower is None else tower
-        self.blocks = list(self.tower.get_submodule(architecture.path_of(self.tower)).children())
+        self.blocks = architecture.blocks_of(self.tower)
         layouts = [architecture.layout_of(block) for block in self.blocks]
         self.shape = architecture.shape(self.tower)
         self._check_whole()

@@ -1,0 +1,78 @@
+"""ToFu: ToMe's pairs, dropped in early blocks and merged without loss of length in late ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from vlprune.blocks import BlockMethod, BlockTokens
+from vlprune.errors import OptionError
+from vlprune.kernels import merge_rows
+from vlprune.method import register
+from vlprune.methods.assigning import leaving
+from vlprune.methods.tome import assignment
+from vlprune.schedule import by_ratio
+
+HOW = ("norm", "mean", "max", "prune")
+
+
+@register("tofu")
+@dataclass(kw_only=True)
+class ToFu(BlockMethod):
+    """Token Fusion (WACV 2024): where a block is far from linear, a mean of two rows is no row that it knows.
+
+    Pairs are those of ToMe. Early blocks drop the sources, late ones put a row in place of a group that points where the mean
+    points and is as long as the longest member.
+    """
+
+    paper: ClassVar[str] = (
+        "Kim et al., Token Fusion: Bridging the Gap between Token Pruning and Token Merging, WACV 2024, arXiv:2312.01026"
+    )
+    budget: int | float = 0.5
+    ratio: float | None = None
+    """Share of the rows that each block keeps, in place of the budget."""
+    early: Literal["norm", "mean", "max", "prune"] = "prune"
+    """What becomes of a group in the first half of the blocks."""
+    late: Literal["norm", "mean", "max", "prune"] = "norm"
+    """And in the second half."""
+    proportional: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ratio is not None and not 0.5 <= self.ratio <= 1:
+            raise OptionError(f"ratio={self.ratio!r}: allowed is a number from 0.5 to 1, for a block pairs its rows, and None")
+        if self.early not in HOW or self.late not in HOW:
+            raise OptionError(f"early={self.early!r}, late={self.late!r}: allowed are {', '.join(map(repr, HOW))}")
+
+    def counts(self, tokens: int, blocks: int) -> list[int]:
+        return super().counts(tokens, blocks) if self.ratio is None else by_ratio(self.ratio, tokens, blocks)
+
+    def reduce(self, tokens: BlockTokens) -> Tensor:
+        return assignment(tokens.keys, tokens.prefix, tokens.leaving)
+
+    def merge(self, tokens: BlockTokens, assigned: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        how = self.early if tokens.block < -(-tokens.blocks // 2) else self.late
+        sizes = torch.zeros_like(tokens.sizes[:, :count]).scatter_add(1, assigned, tokens.sizes)
+        return fused(tokens.hidden, assigned, count, tokens.prefix, how), sizes
+
+
+def fused(rows: Tensor, assigned: Tensor, count: int, prefix: int, how: str) -> Tensor:
+    """``(B, count, C)``: what becomes of the groups of ``rows (B, N, C)``; protected rows and single ones stay as they are."""
+    if how == "max":
+        empty = torch.full_like(rows[:, :count], -torch.inf)
+        return empty.scatter_reduce(1, assigned[..., None].expand_as(rows), rows, "amax")
+    if how == "prune":
+        return merge_rows(rows, assigned, (~leaving(assigned, prefix)).float(), count)[0]
+    means = merge_rows(rows, assigned, None, count)[0]
+    if how == "mean":
+        return means
+    length = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32)
+    longest = torch.zeros_like(length[:, :count]).scatter_reduce(1, assigned, length, "amax")
+    own = torch.linalg.vector_norm(means, dim=-1, dtype=torch.float32)
+    # Where the members cancel out there is no direction: a mean of zeros stays one.
+    scale = torch.where(own > 0, longest / own.clamp(min=torch.finfo(own.dtype).tiny), 1.0)
+    alone = torch.zeros_like(own).scatter_add(1, assigned, torch.ones_like(length)) == 1
+    return torch.where(alone[..., None], means, (means * scale[..., None]).to(means.dtype))
