@@ -280,21 +280,13 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 }
 """Options under which a method goes through the matrices; a method that is not named goes with its defaults."""
 
-LEAST: dict[str, float] = {
-    "fastv": 0.5,
-    "flowcut": 0.5,
-    "mustdrop": 0.5,
-    "pyramiddrop": 0.5,
-    "spatten": 0.5,
-    "dart": 0.5,
-    "sparsevlm": 0.5,
-}
-LEAST: dict[str, float] = {"fastv": 0.5, "flowcut": 0.5, "mustdrop": 0.5, "pyramiddrop": 0.5}
-"""Methods that drop inside the LLM cannot go below a budget, which depends on the model's depth; this one they can reach."""
+def least(method: str) -> float:
+    """The lowest budget that a method reaches here: for one that drops inside the LLM it depends on the depth of the model."""
+    return 0.5 if "prefill" in vlprune.methods()[method]().stages else 0.0
 
 
 def budget(method: str, wanted: float) -> float:
-    return max(wanted, LEAST.get(method, 0.0))
+    return max(wanted, least(method))
 
 
 def method_cases() -> list[tuple[str, dict[str, Any]]]:
