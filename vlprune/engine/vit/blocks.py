@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from typing import Any
 
 import torch
@@ -112,6 +113,41 @@ def _reduced(block: Any, state: BlockState, x: Tensor, named: dict[str, Any]) ->
     return x + layout.feed(block, x)
 
 
+def install(block: nn.Module, state: BlockState) -> None:
+    block.__class__ = merging(original(type(block)))
+    block.__dict__[STATE] = state
+    _follow_class(block)
+
+
+def uninstall(block: nn.Module) -> None:
+    block.__class__ = original(type(block))
+    block.__dict__.pop(STATE, None)
+    _follow_class(block)
+
+
+def shadowed(block: nn.Module) -> bool:
+    """Whether the block has a forward of its own that goes past its class's."""
+    own = block.__dict__.get("forward")
+    return own is not None and not _is_of_class(own, block) and not _is_of_class(block.__dict__.get("_old_forward"), block)
+
+
+def _follow_class(block: nn.Module) -> None:
+    """Methods of the class that were put into the block itself are those of its class now.
+
+    transformers 4 leaves one there when hidden states were looked at; accelerate keeps one, which it calls from its own.
+    """
+    if _is_of_class(block.__dict__.get("forward"), block):
+        del block.__dict__["forward"]
+    if _is_of_class(block.__dict__.get("_old_forward"), block):
+        block.__dict__["_old_forward"] = types.MethodType(type(block).forward, block)
+
+
+def _is_of_class(method: Any, block: nn.Module) -> bool:
+    """Whether it is the forward of the block's class, or of the one that merges."""
+    cls = original(type(block))
+    return getattr(method, "__func__", None) in (cls.forward, merging(cls).forward) and method.__self__ is block
+
+
 def original(cls: type) -> Any:
     return getattr(cls, ORIGINAL, cls)
 
@@ -121,7 +157,9 @@ def merging(cls: type) -> type:
     """The subclass of a block's class that merges. It bears the same name, since sharding policies go by names."""
 
     def merging_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return forward(self, hidden_states, *args, **kwargs)
+        # Without a state when somebody has kept this method beyond the time that a method was applied.
+        own = forward if STATE in self.__dict__ else cls.forward
+        return own(self, hidden_states, *args, **kwargs)
 
     def reduce_ex(self: Any, protocol: Any) -> Any:
         return _remade, (cls,), self.__dict__

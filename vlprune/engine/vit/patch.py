@@ -10,7 +10,8 @@ from vlprune.blocks import BlockMethod
 from vlprune.engine.patch import ATTRIBUTE, forget_compiled, patch_of, uninstall
 from vlprune.engine.vit import check
 from vlprune.engine.vit.architecture import Architecture, tower_of
-from vlprune.engine.vit.blocks import STATE, BlockState, Tap, merging, original
+from vlprune.engine.vit.blocks import STATE, BlockState, Tap, install, shadowed
+from vlprune.engine.vit.blocks import uninstall as uninstall_block
 from vlprune.engine.vit.layout import Layout
 from vlprune.engine.vit.looking import look, look_away
 from vlprune.engine.vit.report import VitReport
@@ -65,6 +66,10 @@ class VitPatch:
                 f"a method is applied to a part of this {type(self.model).__name__}, or to a model that it is a part of; "
                 "vlprune.remove it there first"
             )
+        if any(map(shadowed, self.blocks)):
+            raise UnsupportedModelError(
+                f"somebody has replaced forward of blocks of this {type(self.model).__name__}; apply the method before that"
+            )
 
     def _check_cls(self) -> None:
         if self.method.needs_cls and not (self.shape.prefix and self.shape.cls):
@@ -100,8 +105,7 @@ class VitPatch:
                 assert source is not None
                 tap = Tap(self.run, state.index, what, third=source.endswith("qkv"))
                 self.handles.append(block.get_submodule(source).register_forward_hook(tap))
-            block.__class__ = merging(original(type(block)))
-            block.__dict__[STATE] = state
+            install(block, state)
         self.handles += look(self.run, self.architecture, self.tower)
         forget_compiled(self.model)
 
@@ -109,8 +113,7 @@ class VitPatch:
         for handle in self.handles:
             handle.remove()
         for block in self.blocks:
-            block.__class__ = original(type(block))
-            block.__dict__.pop(STATE, None)
+            uninstall_block(block)
         look_away(self.architecture, self.tower)
         self.model.__dict__.pop(ATTRIBUTE, None)
         forget_compiled(self.model)
