@@ -1,4 +1,4 @@
-"""Puts measurements into the documents: README, docs/results, a table and a curve for each method.
+"""Puts measurements into the documents: README, choosing, docs/results, a table and a curve for each method.
 
 Usage: ``python docs/publish.py results/eval results/eval-tinyvlm-qwen``, either alone or both. What was published of the
 other model before is kept.
@@ -23,6 +23,9 @@ BASELINE = "uniform"
 """Drawn beside each method's own curve."""
 TYPICAL = 0.4
 """The budget in README, or what a method has that is nearest."""
+
+COMPARED = (0.4, 0.2, 0.1)
+"""Budgets of the tables for choosing."""
 
 Summary = dict[str, Any]
 
@@ -51,6 +54,7 @@ def main(folders: list[Path]) -> None:
         if page.exists():
             _fill(page, name, _method(name, published))
     _fill(DOCS.parent / "README.md", "readme", _overview(published))
+    _fill(DOCS / "choosing.md", "choosing", _choosing(published))
 
 
 def _is_there(page: Page) -> bool:
@@ -161,6 +165,43 @@ def _typical(rows: list[Summary]) -> list[Summary]:
 
 def _same(row: Summary, rows: list[Summary]) -> Summary | None:
     return next((other for other in rows if (other["method"], other["budget"]) == (row["method"], row["budget"])), None)
+
+
+# ------------------------------------------------------------------ choosing
+
+
+def _choosing(published: dict[str, Any]) -> str:
+    """For each of some budgets the methods by accuracy, and the best one for each kind of question."""
+    models = list(published)
+    head = ["method", "accuracy", "text, form, chart", "prefill", "speed-up", "in the cache"]
+    parts = [_conditions(summary["run"]) for summary in published.values()]
+    for budget in COMPARED:
+        for model in models:
+            rows = [row for row in _settings(published[model]) if row["budget"] == budget]
+            rows.sort(key=lambda row: -row["numbers"][MEAN]["value"])
+            lines = [_row(head), _row(["---"] + ["---:"] * (len(head) - 1))]
+            for row in rows:
+                cells = [f"[{row['method']}](methods/{_name(row)}.md)", _score(row, MEAN), _score(row, READING)]
+                lines.append(_row([*cells, *_speed(row), f"{row['cached_tokens']:.0f}"]))
+            parts += [f"**{model}, {100 * budget:.0f} % of the visual tokens**", "\n".join(lines)]
+    return "\n\n".join([*parts, _by_kind(published)])
+
+
+def _by_kind(published: dict[str, Any]) -> str:
+    """The method with the most right answers to each kind of question, among those that shorten the prefill."""
+    kinds = list(_settings(next(iter(published.values())))[0]["categories"])
+    columns = [(model, budget) for model in published for budget in COMPARED]
+    head = ["kind", *(f"{model}, {100 * budget:.0f} %" for model, budget in columns)]
+    lines = [_row(head), _row(["---"] * len(head))]
+    for kind in kinds:
+        cells = [kind]
+        for model, budget in columns:
+            rows = [row for row in _settings(published[model]) if row["budget"] == budget]
+            shorter = [row for row in rows if row["layer_tokens"] < row["visual_tokens"]]
+            best = max(shorter, key=lambda row: row["categories"][kind]["value"])
+            cells.append(f"{best['method']}, {100 * best['categories'][kind]['value']:.0f} %")
+        lines.append(_row(cells))
+    return "**By kind of question**: the most accurate of the methods that shorten the prefill.\n\n" + "\n".join(lines)
 
 
 # ------------------------------------------------------------------ cells

@@ -69,6 +69,16 @@ class _Later(TyperCommand):
         return get_command(alone)
 
 
+def every(commands: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+    """Words -> command, those of groups included: ``{"eval": ..., "bench model": ...}``."""
+    found: dict[str, Any] = {}
+    for name, (where, summary) in commands.items():
+        command = _Later(name, where, summary).load()
+        group = getattr(command, "commands", None)
+        found |= {f"{name} {inner}": one for inner, one in group.items()} if group else {name: command}
+    return found
+
+
 def load(where: str) -> Any:
     """The object that ``module:name`` stands for."""
     module, _, name = where.partition(":")

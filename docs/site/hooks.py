@@ -41,6 +41,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    markdown = pages.filled(markdown)
     depth = page.file.src_uri.count("/")
     for name, target in ELSEWHERE.items():
         markdown = markdown.replace(f"]({'../' * (depth + 1)}{name}", f"]({'../' * depth}{target}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import vlprune
-from vlprune import listing
+from vlprune import cli, listing, shell
 from vlprune.engine.family import Family
 from vlprune.engine.vit.architecture import Architecture, architectures
 from vlprune.method import Method
@@ -26,7 +27,7 @@ SERVES = {"vlm": "vision-language models", "vit": "vision transformers on their 
 
 def made() -> dict[str, str]:
     """Path below the site's root -> text of each page that is made from the code alone."""
-    found = {"methods/index.md": _methods(), "families/index.md": _families()}
+    found: dict[str, str] = {}
     for one in vlprune.supported_models():
         found[_path(one.name)] = _family(one)
     for one in architectures():
@@ -35,6 +36,12 @@ def made() -> dict[str, str]:
         if not (DOCS / "methods" / f"{name}.md").exists():
             found[f"methods/{name}.md"] = f"# {cls.__name__}\n"
     return found
+
+
+def filled(text: str) -> str:
+    """A written page with what is made from the code at its marks: ``<!-- made: NAME ... -->``."""
+    makers = {"methods": _methods, "families": _families, "commands": _commands}
+    return re.sub(r"<!-- made: (\w+)[^>]*-->", lambda found: makers[found[1]](), text)
 
 
 def method_paths() -> list[str]:
@@ -104,11 +111,7 @@ def _methods() -> str:
         for name, known in described().items()
     ]
     stages = _table(["stage", "where"], [[f"`{stage}`", where] for stage, where in WHERE.items()])
-    return (
-        "# Methods\n\nEach is one line: `vlprune.apply(model, NAME, budget=0.2)` "
-        "All of them follow each other in `vlprune.chain(...)`.\n\n"
-        f"{_table(['name', 'what it keeps', 'stages', 'count', 'paper'], rows)}\n\n{stages}\n"
-    )
+    return f"{_table(['name', 'what it keeps', 'stages', 'count', 'paper'], rows)}\n\n{stages}\n"
 
 
 def _number(budget: float | int) -> str:
@@ -139,10 +142,7 @@ def _families() -> str:
     ]
     alone = [[_link(one.name), _types(one)] for one in architectures()]
     return (
-        "# Models\n\nModels of transformers (4.57 to 5.x), as they come from the hub, in any precision.\n\n"
         f"{_table(['family', 'model types', 'videos', 'stages', 'what counts as an image'], rows)}\n\n"
-        "A budget is for each image. A model type is `model.config.model_type`; another one is refused with the list of those "
-        "that are taken, unless you [add it](../add-a-model.md).\n\n"
         "## Vision transformers on their own\n\nClassifiers and image towers, for methods of the stage `reduce`.\n\n"
         f"{_table(['architecture', 'model types, classes'], alone)}\n"
     )
@@ -214,3 +214,34 @@ def _architecture(one: Architecture) -> str:
         "When a method is applied, each block runs on a few random rows: unless its parts give, bit for bit, what it gives "
         "itself, the model is refused by name. [How this works](../architecture.md#vision-transformers-on-their-own).\n"
     )
+
+
+# ------------------------------------------------------------------ command line
+
+
+def _commands() -> str:
+    """What each command does, its example, its arguments and options."""
+    return "\n\n".join(_command(words, command) for words, command in shell.every(cli.COMMANDS).items())
+
+
+def _command(words: str, command: Any) -> str:
+    told, _, example = inspect.cleandoc(command.help).partition("Example: ")
+    rows = [[_spelled(one), escape(one.help or ""), _default(one)] for one in command.params if one.name != "help"]
+    options = f"\n\n{_table(['', '', 'default'], rows)}" if rows else ""
+    return f"## {words}\n\n{told.strip()}\n\n```sh\n{example.strip()}\n```{options}"
+
+
+def _spelled(one: Any) -> str:
+    names = [*one.opts, *one.secondary_opts]
+    return ", ".join(f"`{name}`" for name in names) if one.param_type_name == "option" else f"`{one.name.upper()}`"
+
+
+def _default(one: Any) -> str:
+    shown = getattr(one, "show_default", None)
+    value = shown if isinstance(shown, str) else one.default
+    return f"`{value}`" if isinstance(value, str | int | float | Path) and not isinstance(value, bool) else ""
+
+
+def escape(text: str) -> str:
+    """Text of a help, where brackets are escaped for the terminal, in a cell of a table."""
+    return text.replace("\\[", "[").replace("|", "\\|").replace("[", "\\[")
