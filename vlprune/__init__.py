@@ -21,6 +21,7 @@ from vlprune.method import Merge, Method, Mixture, Plan, ScoreMethod, Selection,
 from vlprune.method import methods as _methods
 from vlprune.methods import (
     A2SF,
+    ALGM,
     ATS,
     DART,
     EMS,
@@ -91,6 +92,7 @@ methods = _methods  # after the package vlprune.methods is imported, whose name 
 __version__ = "0.1.0"
 __all__ = [
     "A2SF",
+    "ALGM",
     "ATS",
     "DART",
     "EMS",

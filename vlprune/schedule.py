@@ -6,6 +6,7 @@ pairs its rows, so it can merge away half of them at most.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -84,7 +85,8 @@ def staged(budget: Budget, tokens: int, blocks: int, stages: Sequence[int], keep
     """Counts behind each block of a method that drops in the blocks ``stages`` alone, in each the same share of what is left.
 
     The share is ``keep``, or without it the one whose mean meets the budget. A stage's count holds for all blocks up to the
-    next one, so fewer token-layers than the longest stage is long may be left unused. One row is always left. Raises :class:`BudgetError` where even that is more than the budget.
+    next one, so fewer token-layers than the longest stage is long may be left unused. One row is always left.
+    Raises :class:`BudgetError` where even that is more than the budget.
     """
     stages = sorted({stage for stage in stages if 0 <= stage < blocks})
     lengths = [end - begin for begin, end in zip(stages, [*stages, blocks][1:], strict=True)]
@@ -133,6 +135,18 @@ def staged_exactly(budget: Budget, tokens: int, blocks: int, stages: Sequence[in
     What the lengths of the stages leave over goes to the first stages with room for it, and to the first of their blocks.
     """
     return _raised(staged(budget, tokens, blocks, stages), tokens, room_of(budget, tokens, blocks))
+
+
+def staged_pairs(budget: Budget, tokens: int, blocks: int, stages: Sequence[int]) -> list[int]:
+    """:func:`staged_exactly`, for methods that pair rows. Raises :class:`BudgetError` where more than half would leave."""
+    counts = staged_exactly(budget, tokens, blocks, stages)
+    for block, (before, after) in enumerate(itertools.pairwise([tokens, *counts])):
+        if after < before - before // 2:
+            raise BudgetError(
+                f"budget={budget!r} of {tokens} tokens wants {before - after} of {before} rows to leave in block {block}, "
+                "which pairs them; allowed are larger budgets, and more blocks where rows leave"
+            )
+    return counts
 
 
 def _raised(counts: list[int], tokens: int, room: int) -> list[int]:

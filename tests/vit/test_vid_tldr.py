@@ -77,7 +77,7 @@ def test_whatever_the_rows_the_choice_is_complete_and_counts():
     counts = VidTLDR(budget=0.5).counts(1568, 12)
     assert sum(counts) == 1568 * 6
     assert len(set(counts[4:])) <= 2, "what the stages leave over may hold a row back for a few blocks"
-    with pytest.raises(BudgetError, match="half of the rows"):
+    with pytest.raises(BudgetError, match="pairs them"):
         VidTLDR(budget=0.2, depth=1).counts(1568, 12)
     for wrong in ({"r": [1.5]}, {"r": [-1]}, {"depth": 0}):
         with pytest.raises(OptionError):

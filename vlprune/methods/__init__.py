@@ -1,5 +1,6 @@
 """The methods, one file each. Importing this package registers them."""
 
+from vlprune.methods.algm import ALGM
 from vlprune.methods.apet import ApET
 from vlprune.methods.ats import ATS
 from vlprune.methods.baselines import Pool, Random, Resize, Uniform
@@ -48,6 +49,7 @@ from vlprune.methods.vtm import VTM
 
 __all__ = [
     "A2SF",
+    "ALGM",
     "ATS",
     "DART",
     "EMS",

@@ -68,8 +68,8 @@ class ATS(BlockMethod):
             points = math.floor((room - tokens * first) / (blocks - first))
             if points < 1:
                 raise BudgetError(
-                    f"budget={self.budget!r} of {tokens} tokens is a mean of {room / blocks:.4g} over {blocks} blocks; the first "
-                    f"tokens leave in block {first}, so that the least is {math.ceil(tokens * first / blocks) + 1} tokens"
+                    f"budget={self.budget!r} of {tokens} tokens is a mean of {room / blocks:.4g} over {blocks} blocks; "
+                    f"the first leave in block {first}, so that the least is {math.ceil(tokens * first / blocks) + 1} tokens"
                 )
         return [tokens if block < first or points is None else min(tokens, points) for block in range(blocks)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -11,12 +10,12 @@ import torch
 from torch import Tensor
 
 from vlprune.blocks import BlockMethod, BlockTokens
-from vlprune.errors import BudgetError, OptionError
+from vlprune.errors import OptionError
 from vlprune.kernels import merge_rows
 from vlprune.method import register
 from vlprune.methods.assigning import leaving
 from vlprune.methods.tome import assignment
-from vlprune.schedule import counts_of, staged_exactly
+from vlprune.schedule import counts_of, staged_pairs
 
 AT_ONCE = 2**22
 """Attention values that exist at one time, at most, unless one row of a batch has more."""
@@ -55,13 +54,7 @@ class VidTLDR(BlockMethod):
                 tokens = counts_of([int(rate if rate >= 1 else rate * tokens)], tokens)[0]
                 counts.append(tokens)
             return counts
-        counts = staged_exactly(self.budget, tokens, blocks, range(min(self.depth, blocks)))
-        if any(after < before - before // 2 for before, after in itertools.pairwise([tokens, *counts])):
-            raise BudgetError(
-                f"budget={self.budget!r} of {tokens} tokens wants more than half of the rows to leave one of the first "
-                f"{self.depth} of {blocks} blocks; allowed are a larger budget or depth"
-            )
-        return counts
+        return staged_pairs(self.budget, tokens, blocks, range(min(self.depth, blocks)))
 
     def reduce(self, tokens: BlockTokens) -> Tensor:
         return assignment(tokens.hidden, tokens.prefix, tokens.leaving)
