@@ -280,6 +280,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 }
 """Options under which a method goes through the matrices; a method that is not named goes with its defaults."""
 
+
 def least(method: str) -> float:
     """The lowest budget that a method reaches here: for one that drops inside the LLM it depends on the depth of the model."""
     return 0.5 if "prefill" in vlprune.methods()[method]().stages else 0.0
@@ -309,20 +310,20 @@ stages, signals of both kinds, fixed and adaptive counts, merging, other image s
 new way (a new stage, a new kind of signal) belongs here."""
 
 
-def thinned(cases: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+def thinned(cases: Sequence[tuple[Any, ...]], families: int = len(FAMILIES)) -> list[tuple[Any, ...]]:
     """``cases``, tuples of family, method, options and the cell of a matrix, without those that repeat what others show.
 
     A method gives the engine lists of rows and perhaps weights; what the engine then does with attention, cache, padding and
     positions does not depend on which method it was, and is tested on every case with the methods of ``WHOLE``. Of another
-    method's own code the model is all that matters: its layout, its signals. So it meets every family and every cell
-    (attention x cache x prompt, say) that its cases have, each at least once, but not every family in every cell.
-    Which family meets which cell turns with the method's name, so a zoo of them meets most pairs. The same holds for
-    the second and further variants of any method: they choose otherwise on the first one's way through the engine.
+    method's own code the model is all that matters: its layout, its signals. So it meets every cell (attention x cache x
+    prompt, say) that its cases have and so many ``families``, all unless told otherwise, each at least once, but not
+    every family in every cell. Which ones are met, and where, turns with the method's name, so a zoo of them meets most pairs.
+    The same holds for the second and further variants of any method: they choose otherwise on the first one's way.
     """
     groups: dict[tuple[str, str], list[tuple[Any, ...]]] = {}
     for case in cases:
         groups.setdefault((case[1], repr(case[2])), []).append(case)
-    return [case for name, group in groups.items() for case in (group if whole(*group[0][1:3]) else _cover(group))]
+    return [case for name, group in groups.items() for case in (group if whole(*group[0][1:3]) else _cover(group, families))]
 
 
 def whole(method: str, options: dict[str, Any]) -> bool:
@@ -330,15 +331,15 @@ def whole(method: str, options: dict[str, Any]) -> bool:
     return method in WHOLE and options == VARIANTS.get(method, [{}])[0]
 
 
-def _cover(group: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Cases of one method, few, in which each of its families and each of its cells occurs."""
+def _cover(group: list[tuple[Any, ...]], families: int) -> list[tuple[Any, ...]]:
+    """Cases of one method, few, in which ``families`` of its families and each of its cells occur."""
     turn = zlib.crc32(repr(group[0][1:3]).encode()) % len(group)
     turned = group[turn:] + group[:turn]
-    unmet = {part for case in group for part in _parts(case)}
+    wanted = {*list(dict.fromkeys(case[0] for case in turned))[:families], *(case[3:] for case in group)}
     chosen = []
-    while unmet:
-        chosen.append(max(turned, key=lambda case: len(_parts(case) & unmet)))
-        unmet -= _parts(chosen[-1])
+    while wanted:
+        chosen.append(max(turned, key=lambda case: len(_parts(case) & wanted)))
+        wanted -= _parts(chosen[-1])
     return chosen
 
 
