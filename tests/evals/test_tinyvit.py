@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from vlprune.evals import synthvqa
+import vlprune
+from vlprune.evals import synthvqa, tinyvit
 from vlprune.evals.synthvqa import SHAPES, Item, Scene
 from vlprune.evals.tinyvit import pixels, scenes, train
 from vlprune.evals.tinyvit.scenes import LABELS, SIZE, largest_shape, picture, seen_area
@@ -101,5 +102,20 @@ def test_pixels_are_those_of_its_image_processor():
     from transformers import ViTImageProcessor
 
     shown = [picture("test", index).draw() for index in range(2)]
-    made = ViTImageProcessor(size={"height": SIZE, "width": SIZE})(images=shown, return_tensors="pt")["pixel_values"]
+    made = ViTImageProcessor.from_pretrained(tinyvit.CHECKPOINT)(images=shown, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(pixels(shown), made)
+
+
+def test_what_is_shipped_names_the_largest_shape():
+    """On scenes that it has not seen, with half of its token-layers merged away, too."""
+    shown = list(scenes.pictures("test", 96))
+    model, labels = tinyvit.load_tinyvit(), torch.tensor([one.label for one in shown])
+    assert [model.config.id2label[index] for index in range(len(LABELS))] == LABELS
+    assert sum(p.numel() for p in model.parameters()) < 1_500_000
+    given = pixels([one.draw() for one in shown])
+    with torch.no_grad():
+        whole = (model(pixel_values=given).logits.argmax(-1) == labels).float().mean()
+        vlprune.apply(model, "tome", budget=0.5)
+        merged = (model(pixel_values=given).logits.argmax(-1) == labels).float().mean()
+    assert whole > 0.9
+    assert merged > 0.8

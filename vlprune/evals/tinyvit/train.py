@@ -262,9 +262,13 @@ def export(made: Any, folder: Path) -> None:
     """Config, image processor's settings and float16 weights, with the names that transformers 4.57 and 5.x read."""
     from transformers import ViTImageProcessor
 
-    settings = ViTImageProcessor(size={"height": scenes.SIZE, "width": scenes.SIZE})
+    processor = ViTImageProcessor(size={"height": scenes.SIZE, "width": scenes.SIZE})
     made.half().save_pretrained(folder)
-    settings.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    # Where torchvision is missing transformers 5 writes the name of a class that 4.57 does not know.
+    path = folder / "preprocessor_config.json"
+    settings = {**json.loads(path.read_text()), "image_processor_type": "ViTImageProcessor"}
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def main(
