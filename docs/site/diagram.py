@@ -17,10 +17,10 @@ ALIVE = {
 }
 PARTS = [
     ("pixels", 84, None),
-    ("vision encoder", 138, ("encode", "drop, merge")),
-    ("projector", 100, None),
+    ("vision encoder", 146, ("encode", "drop, merge")),
+    ("projector", 104, None),
     ("prompt", 84, ("select", "drop, merge")),
-    ("LLM layers", 138, ("prefill", "drop, merge")),
+    ("LLM layers", 130, ("prefill", "drop, merge")),
     ("KV cache", 110, ("evict", "drop, head by head")),
     ("text", 70, None),
 ]
@@ -37,7 +37,7 @@ def main() -> None:
     (Path(__file__).parents[1] / "images" / "how-it-works.svg").write_text(page, encoding="utf-8")
 
 
-def _text(x: float, y: float, text: str, colour: str = INK, size: int = 15, anchor: str = "middle", weight: int = 400) -> str:
+def _text(x: float, y: float, text: str, colour: str = INK, size: int = 18, anchor: str = "middle", weight: int = 400) -> str:
     return (
         f'<text x="{x}" y="{y}" fill="{colour}" font-size="{size}" text-anchor="{anchor}" font-weight="{weight}">{text}</text>'
     )
@@ -57,7 +57,7 @@ def _arrow(x: float, y: float, to_x: float, to_y: float, colour: str) -> str:
 
 def _pipeline() -> list[str]:
     """The parts of a model from left to right, the stages below those that they belong to."""
-    shapes = [_text(30, 34, "Where a visual token may leave", size=18, anchor="start", weight=600)]
+    shapes = [_text(30, 34, "Where a visual token may leave", size=20, anchor="start", weight=600)]
     x = (WIDTH - sum(width for _, width, _ in PARTS) - GAP * (len(PARTS) - 1)) / 2
     for place, (name, width, stage) in enumerate(PARTS):
         if place:
@@ -67,8 +67,8 @@ def _pipeline() -> list[str]:
             middle = x + width / 2
             shapes += [
                 _arrow(middle, TOP + 90, middle, TOP + 56, STAGE),
-                _text(middle, TOP + 109, stage[0], STAGE, 16, weight=600),
-                _text(middle, TOP + 128, stage[1], size=13),
+                _text(middle, TOP + 109, stage[0], STAGE, 19, weight=600),
+                _text(middle, TOP + 128, stage[1], size=15),
             ]
         x += width + GAP
     return shapes
@@ -76,8 +76,8 @@ def _pipeline() -> list[str]:
 
 def _sequences(top: float) -> list[str]:
     """A row of cells for each view of the prompt; what left is an outline."""
-    shapes = [_text(30, top + 4, "Logical and physical: one prompt of eight tokens", size=18, anchor="start", weight=600)]
-    left, cell, y = 300, 62, top + 26
+    shapes = [_text(30, top + 4, "Logical and physical: one prompt of eight tokens", size=20, anchor="start", weight=600)]
+    left, cell, y = 320, 62, top + 26
     for name, alive in ALIVE.items():
         shapes.append(_text(left - 22, y + 26, name, anchor="end"))
         for place, kind in enumerate(PROMPT):
@@ -89,7 +89,7 @@ def _sequences(top: float) -> list[str]:
                 shapes.append(_text(x + cell / 2 - 4, y + 26, f"{kind} {place}", "#fff" if visual else INK))
         y += 52
     note = "Numbers are positions: kept tokens keep theirs. generate() sees the first row, layers and caches what is alive."
-    return [*shapes, _text(30, y + 22, note, size=14, anchor="start")]
+    return [*shapes, _text(30, y + 22, note, size=16, anchor="start")]
 
 
 if __name__ == "__main__":

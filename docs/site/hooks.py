@@ -62,4 +62,4 @@ def _of_root(name: str) -> str:
     text = re.sub(r"\]\(docs/", "](", text)
     for other, page in ELSEWHERE.items():
         text = text.replace(f"]({other}", f"]({page}")
-    return text
+    return f"---\nhide:\n  - navigation\n---\n{text}" if name == "README.md" else text

@@ -61,6 +61,11 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def _facts_table(rows: list[list[str]]) -> str:
+    """A table without a heading, which the style sheet knows."""
+    return f'<div class="facts" markdown="1">\n\n{_table(["", ""], rows)}\n\n</div>'
+
+
 # ------------------------------------------------------------------ methods
 
 
@@ -88,7 +93,7 @@ def _facts(name: str, cls: type[Method]) -> str:
         ["measures", ", ".join(f"`{signal}`" for signal in known["needs"]) or "nothing beside the features"],
         ["paper", _linked(known["paper"] or "none: a baseline")],
     ]
-    return f"*{known['summary']}*\n\n" + _table(["", ""], rows) + "\n{ .facts }"
+    return f"*{known['summary']}*\n\n" + _facts_table(rows)
 
 
 def _taking(known: dict[str, Any]) -> str:
@@ -178,7 +183,7 @@ def _family(one: Family) -> str:
     able = [f"[{name}](../methods/{name}.md)" for name in methods if set(described()[name]["stages"]) <= set(one.stages)]
     module = one.layouts.__module__
     return (
-        f"# {one.name}\n\n{_table(['', ''], rows)}\n{{ .facts }}\n\n## Good to know\n\n{notes}\n"
+        f"# {one.name}\n\n{_facts_table(rows)}\n\n## Good to know\n\n{notes}\n"
         f"## Methods\n\n{', '.join(able)}.\n\n## Described by\n\n`{module}`: data and functions of shapes, no forward.\n\n"
         f"::: {module}\n    options:\n      show_root_heading: false\n      show_root_toc_entry: false\n"
         "      show_if_no_docstring: true\n      filters: ['!^_', '!^[A-Z_0-9]+$']\n"
@@ -210,7 +215,7 @@ def _architecture(one: Architecture) -> str:
         ["methods", ", ".join(f"[{name}](../methods/{name}.md)" for name in methods)],
     ]
     return (
-        f"# {one.name}\n\nA vision transformer on its own.\n\n{_table(['', ''], rows)}\n{{ .facts }}\n\n"
+        f"# {one.name}\n\nA vision transformer on its own.\n\n{_facts_table(rows)}\n\n"
         "When a method is applied, each block runs on a few random rows: unless its parts give, bit for bit, what it gives "
         "itself, the model is refused by name. [How this works](../architecture.md#vision-transformers-on-their-own).\n"
     )
