@@ -68,6 +68,7 @@ from vlprune.methods import (
     VisionZip,
     VisPruner,
     VLCache,
+    ZeroTPrune,
     chain,
     without_sinks,
 )
@@ -172,6 +173,7 @@ __all__ = [
     "VisPruner",
     "VisionTokens",
     "VisionZip",
+    "ZeroTPrune",
     "applied",
     "apply",
     "chain",

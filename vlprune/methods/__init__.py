@@ -46,6 +46,7 @@ from vlprune.methods.visionzip import VisionZip
 from vlprune.methods.vispruner import VisPruner
 from vlprune.methods.vtc_cls import VTCCLS
 from vlprune.methods.vtm import VTM
+from vlprune.methods.zero_tprune import ZeroTPrune
 
 __all__ = [
     "A2SF",
@@ -96,6 +97,7 @@ __all__ = [
     "VidTLDR",
     "VisPruner",
     "VisionZip",
+    "ZeroTPrune",
     "chain",
     "without_sinks",
 ]
