@@ -85,6 +85,10 @@ def before_layer(
                 attention[:, :BEFORE] = 0
             signals[signal] = attention[..., visual]
             continue
+        if isinstance(signal, vlprune.Transition):
+            of_rows[signal] = vectors(generator, rows, WIDTH)[:, :2].tanh() + torch.tensor([1.0, 0.0])
+            signals[signal] = of_rows[signal][visual]
+            continue
         leading: dict[Any, tuple[int, ...]] = {vlprune.Keys: (HEADS,), vlprune.Values: (HEADS,), vlprune.ModuleDelta: (2,)}
         of_rows[signal] = vectors(generator, *leading.get(type(signal), ()), rows, WIDTH)
         signals[signal] = of_rows[signal][..., visual, :]

@@ -31,6 +31,7 @@ from vlprune.signals import (
     ReceivedAttention,
     Signal,
     SinkShare,
+    Transition,
     Values,
 )
 
@@ -52,6 +53,7 @@ def signals(layer: int | None) -> list[Signal]:
         asked.append(AttentionColumns(layer, queries=queries, decay=decay))  # pyright: ignore[reportArgumentType]
     asked += [AttentionSupport(layer, threshold=0.3), SinkShare(layer)]
     asked += [Hidden(layer, "text", state="before"), Hidden(layer, "text", state="normed")]
+    asked += [Transition(layer), Transition(layer, module="mlp")]
     return [*asked, ModuleDelta(layer, "text", module="mlp")]
 
 
@@ -224,6 +226,9 @@ def expected(run: Eager, prompt: Prompt, gone: Dropped, signal: Signal, layer: i
     if isinstance(signal, Hidden):
         states = (run.before if signal.state == "before" else run.after)[layer][sample, places]
         return run.norm(states).detach() if signal.state == "normed" else states
+    if isinstance(signal, Transition):
+        given, out = run.deltas[signal.module][layer][:, sample, places]
+        return torch.stack([out.norm(dim=-1) / given.norm(dim=-1), torch.cosine_similarity(given, out, dim=-1)], -1)
     assert isinstance(signal, ModuleDelta)
     return run.deltas[signal.module][layer][:, sample, places]
 

@@ -63,6 +63,7 @@ from vlprune.methods import (
     ToDRE,
     ToFu,
     ToMe,
+    TransPrune,
     Uniform,
     VidTLDR,
     VisionZip,
@@ -86,6 +87,7 @@ from vlprune.signals import (
     QueryAttention,
     ReceivedAttention,
     SinkShare,
+    Transition,
     Values,
 )
 
@@ -163,6 +165,8 @@ __all__ = [
     "ToDRE",
     "ToFu",
     "ToMe",
+    "TransPrune",
+    "Transition",
     "Uniform",
     "UnsupportedMethodError",
     "UnsupportedModelError",

@@ -65,12 +65,16 @@ class QueryAttention(Signal):
     ``queries``: ``"last"``, the last token of the prompt; ``"text"``, all its text tokens; or a number, so many of its last
     text tokens. Text before the image pays it no attention, so its rows are zero. ``mean_heads`` and ``mean_queries`` average
     over heads and queries, which leaves one of them.
+
+    Without ``rotary``, queries and keys are those before rotary embedding, of this pass alone, and every token of it is in
+    sight of those behind it, windows or not. They are projected a second time for that.
     """
 
     tower: Literal["vision", "text"] = "text"
     queries: Literal["last", "text"] | int = "last"
     mean_heads: bool = False
     mean_queries: bool = False
+    rotary: bool = True
 
 
 @dataclass(frozen=True)
@@ -146,4 +150,15 @@ class ModuleDelta(Signal):
     """What went into a block's attention or feed-forward network, normalised, and what came out, before it was added to the
     residual stream: ``(2, tiles, patches, hidden)``."""
 
+    module: Literal["attention", "mlp"] = "attention"
+
+
+@dataclass(frozen=True)
+class Transition(Signal):
+    """What a block's attention or feed-forward network did to each token: ``(patches, 2)``. LLM only.
+
+    First how much longer what came out of it was than what went in, normalised; then the cosine between the two.
+    """
+
+    tower: Literal["vision", "text"] = "text"
     module: Literal["attention", "mlp"] = "attention"

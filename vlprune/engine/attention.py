@@ -119,6 +119,32 @@ def _leave(module: nn.Module, watcher: Watcher, entry: _Entry) -> None:
                 del entry.table[entry.name]
 
 
+class _Called(Exception):
+    """Ends a run of an attention module at its kernel."""
+
+
+def call_of(module: nn.Module, kwargs: dict[str, Any]) -> Call:
+    """What ``module`` would call its kernel with, given ``kwargs`` but no mask and no cache. The kernel does not run."""
+    calls: list[Call] = []
+
+    def note(call: Call) -> None:
+        calls.append(call)
+        raise _Called
+
+    others = _watchers.pop(module, None)
+    try:
+        with watching({module: note}):
+            past = {name: None for name in kwargs if name.startswith("past_key_value")}
+            # Not by calling the module: its hooks belong to the real run.
+            module.forward(**{**kwargs, **past, "attention_mask": None})
+    except _Called:
+        pass
+    finally:
+        if others is not None:
+            _watchers[module] = others
+    return calls[0]
+
+
 # ------------------------------------------------------------------ attention beside the kernel
 
 

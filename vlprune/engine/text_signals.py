@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from vlprune.signals import (
     ReceivedAttention,
     Signal,
     SinkShare,
+    Transition,
     Values,
 )
 from vlprune.sinks import sink_share
@@ -51,7 +53,7 @@ class TextSignals:
         self.stack.enter_context(attention.watching(watchers))
         for layer, signals in self.wanted.items():
             for signal in signals:
-                if isinstance(signal, (Hidden, ModuleDelta, SinkShare)):
+                if not _of_kernel(signal):
                     self._hook(layer, signal)
 
     def close(self) -> None:
@@ -185,7 +187,13 @@ class TextSignals:
         place = torch.arange(key.shape[2], device=key.device) - filler
         return gumbel(seed, layer, torch.arange(key.shape[1], device=key.device)[:, None], place)
 
-    def _hook(self, layer: int, signal: Hidden | ModuleDelta | SinkShare) -> None:
+    def _replayed(self, module: nn.Module, kwargs: dict[str, Any]) -> Call:
+        """The call that an attention module would make to its kernel without rotary embedding, of this pass alone."""
+        cos, sin = kwargs["position_embeddings"]
+        call = attention.call_of(module, {**kwargs, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))})
+        return replace(call, mask=(self._rows(call) >= 0).long(), causal=True, flash=False)
+
+    def _hook(self, layer: int, signal: Signal) -> None:
         block = self.parts.text_layers[layer]
         family = self.parts.family
 
@@ -201,7 +209,13 @@ class TextSignals:
 
         def after_module(module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
             before = args[0] if args else kwargs["hidden_states"]
-            keep(torch.stack([before.detach(), _first(out).detach()], 1))
+            pair = before.detach(), _first(out).detach()
+            keep(torch.stack(pair, 1) if isinstance(signal, ModuleDelta) else _transition(*pair))
+
+        def before_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            with torch.no_grad():
+                weights = self._measure(signal, layer, self._replayed(module, kwargs))
+            keep(torch.nn.functional.pad(weights, (self.held.get(layer, 0), 0)))
 
         def before_block(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
@@ -212,7 +226,10 @@ class TextSignals:
             handle = block.register_forward_pre_hook(before_block, with_kwargs=True)
         elif isinstance(signal, Hidden):
             handle = block.register_forward_hook(normed if signal.state == "normed" else after_block)
+        elif isinstance(signal, QueryAttention):
+            handle = self.parts.text_attention(layer).register_forward_pre_hook(before_attention, with_kwargs=True)
         else:
+            assert isinstance(signal, (ModuleDelta, Transition))
             path = family.text_attention if signal.module == "attention" else family.text_mlp
             handle = block.get_submodule(path).register_forward_hook(after_module, with_kwargs=True)
         self.stack.callback(handle.remove)
@@ -230,7 +247,18 @@ def _first(out: Any) -> Tensor:
 
 
 def _of_kernel(signal: Signal) -> bool:
-    return not isinstance(signal, (Hidden, ModuleDelta, SinkShare))
+    """Whether what the kernel is called with tells the signal."""
+    if isinstance(signal, QueryAttention):
+        return signal.rotary
+    return not isinstance(signal, (Hidden, ModuleDelta, SinkShare, Transition))
+
+
+def _transition(before: Tensor, after: Tensor) -> Tensor:
+    """Ratio of lengths and cosine ``(B, n, 2)`` of what went into a module and what came out ``(B, n, D)``."""
+    before, after = before.float(), after.float()
+    length = before.norm(dim=-1)
+    tiny = torch.finfo(length.dtype).tiny
+    return torch.stack([after.norm(dim=-1) / length.clamp(min=tiny), torch.cosine_similarity(before, after, dim=-1)], -1)
 
 
 def _support(call: Call, queries: Tensor, threshold: float) -> Tensor:

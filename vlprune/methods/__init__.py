@@ -41,6 +41,7 @@ from vlprune.methods.tnt import TNT
 from vlprune.methods.todre import ToDRE
 from vlprune.methods.tofu import ToFu
 from vlprune.methods.tome import ToMe
+from vlprune.methods.transprune import TransPrune
 from vlprune.methods.vid_tldr import VidTLDR
 from vlprune.methods.visionzip import VisionZip
 from vlprune.methods.vispruner import VisPruner
@@ -92,6 +93,7 @@ __all__ = [
     "ToDRE",
     "ToFu",
     "ToMe",
+    "TransPrune",
     "Uniform",
     "VLCache",
     "VidTLDR",
