@@ -232,7 +232,8 @@ def _commands() -> str:
 def _command(words: str, command: Any) -> str:
     told, _, example = inspect.cleandoc(command.help).partition("Example: ")
     rows = [[_spelled(one), escape(one.help or ""), _default(one)] for one in command.params if one.name != "help"]
-    options = f"\n\n{_table(['', '', 'default'], rows)}" if rows else ""
+    columns = 3 if any(default for *_, default in rows) else 2
+    options = f"\n\n{_table(['option', 'meaning', 'default'][:columns], [row[:columns] for row in rows])}" if rows else ""
     return f"## {words}\n\n{told.strip()}\n\n```sh\n{example.strip()}\n```{options}"
 
 
