@@ -105,7 +105,7 @@ class DynamicViTObjective(Objective):
         logs = self.module.decisions(tokens, self.decided)
         gumbel = -(-self.noise(logs).log()).log()
         soft = (logs + gumbel).softmax(-1)[..., 0]
-        hard = (soft > 0.5).float() - soft.detach() + soft
+        hard = (soft > 0.5).float() + (soft - soft.detach())  # in this order exactly 0 or 1
         self.decided = hard if self.decided is None else hard * self.decided
         rows = self.decided.shape[1]
         aim = staged(self.budget, rows, tokens.blocks, self.module.stages, self.keep)[tokens.block] / rows

@@ -66,7 +66,7 @@ class Trainer:
 
     def learn(self, batch: Batch) -> dict[str, float]:
         """One step; the loss and what the objective tells."""
-        inputs, labels = self._on_device(batch)
+        inputs, labels = inputs_of(batch, self.device)
         self.objective.generator.manual_seed(self.seed * 1_000_003 + self.step)
         self.objective.active = False
         with torch.no_grad():
@@ -79,18 +79,6 @@ class Trainer:
         self.optimizer.step()
         self.schedule.step()
         return {"loss": loss.item(), **self.objective.statistics()}
-
-    def _on_device(self, batch: Batch) -> tuple[dict[str, Any], Tensor | None]:
-        inputs, labels = (*batch, None)[:2] if isinstance(batch, (tuple, list)) else (batch, None)
-        inputs = dict(inputs) if isinstance(inputs, Mapping) else {INPUT: inputs}
-        labels = inputs.pop("labels", labels)
-        inputs = {name: value.to(self.device) if torch.is_tensor(value) else value for name, value in inputs.items()}
-        if not inputs or not any(map(torch.is_tensor, inputs.values())):
-            raise VLPruneError(
-                "a batch is pixels, a mapping of the model's arguments, or a pair of one of these and labels, not "
-                f"{type(batch).__name__}"
-            )
-        return inputs, None if labels is None else torch.as_tensor(labels).to(self.device)
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
@@ -127,6 +115,20 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.step = state["step"]
+
+
+def inputs_of(batch: Batch, device: torch.device) -> tuple[dict[str, Any], Tensor | None]:
+    """The model's arguments, and the labels if there are any."""
+    inputs, labels = (*batch, None)[:2] if isinstance(batch, (tuple, list)) else (batch, None)
+    inputs = dict(inputs) if isinstance(inputs, Mapping) else {INPUT: inputs}
+    labels = inputs.pop("labels", labels)
+    inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
+    if not inputs or not any(map(torch.is_tensor, inputs.values())):
+        raise VLPruneError(
+            "a batch is pixels, a mapping of the model's arguments, or a pair of one of these and labels, not "
+            f"{type(batch).__name__}"
+        )
+    return inputs, None if labels is None else torch.as_tensor(labels).to(device)
 
 
 def _endless(batches: Iterable[Batch]) -> Iterator[Batch]:
