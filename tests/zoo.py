@@ -273,6 +273,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "hired": [{}, {"allocation": "sums", "alpha": 0.3}],
     "divprune": [{}, {"official_quirks": True}],
     "fastv": [{"layer": 1}],
+    "vscan": [{"window": 2, "local": 1}],
+    "vflowopt": [{"cell": 2.5, "threshold": 1.2}],
     "prumerge": [{"neighbours": 3}, {"outliers": True}],
     "flowcut": [{}, {"schedule": "even"}],
     "mustdrop": [{}, {"global_threshold": 0.28, "individual_threshold": 0.5, "merge_threshold": 0.0}],

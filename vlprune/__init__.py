@@ -65,10 +65,12 @@ from vlprune.methods import (
     ToMe,
     TransPrune,
     Uniform,
+    VFlowOpt,
     VidTLDR,
     VisionZip,
     VisPruner,
     VLCache,
+    VScan,
     ZeroTPrune,
     chain,
     without_sinks,
@@ -94,6 +96,8 @@ from vlprune.signals import (
 methods = _methods  # after the package vlprune.methods is imported, whose name the function takes here
 __version__ = "0.1.0"
 __all__ = [
+    "VScan",
+    "VFlowOpt",
     "A2SF",
     "ALGM",
     "ATS",

@@ -42,14 +42,18 @@ from vlprune.methods.todre import ToDRE
 from vlprune.methods.tofu import ToFu
 from vlprune.methods.tome import ToMe
 from vlprune.methods.transprune import TransPrune
+from vlprune.methods.vflowopt import VFlowOpt
 from vlprune.methods.vid_tldr import VidTLDR
 from vlprune.methods.visionzip import VisionZip
 from vlprune.methods.vispruner import VisPruner
+from vlprune.methods.vscan import VScan
 from vlprune.methods.vtc_cls import VTCCLS
 from vlprune.methods.vtm import VTM
 from vlprune.methods.zero_tprune import ZeroTPrune
 
 __all__ = [
+    "VScan",
+    "VFlowOpt",
     "A2SF",
     "ALGM",
     "ATS",
