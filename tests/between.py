@@ -19,7 +19,7 @@ LAYOUTS: dict[str, Callable[[], ImageLayout]] = {
     "2 x 2 crops": lambda: anyres(56, 56, 4, 28, ((56, 56),)),
     "padded above and below": lambda: anyres(30, 84, 4, 28, ((56, 84),)),
     "padded left and right": lambda: anyres(84, 20, 4, 28, ((84, 28), (56, 28))),
-    "frames of a video": lambda: tiles_in_a_row(3, (4, 6), separators=1),
+    "frames of a video": lambda: tiles_in_a_row(3, (4, 6), separators=1, video=True),
 }
 CLIP = ModelShape(vision_layers=4, text_layers=4, feature_layer=2, has_cls=True)
 SIGLIP = ModelShape(vision_layers=4, text_layers=4, feature_layer=3, has_cls=False)

@@ -29,7 +29,7 @@ class ImageLayout:
     unpadding removed it. Patches of a tile are in raster order; tile 0 is the thumbnail where ``thumbnail`` is true.
     ``grid``: patch rows and columns of a tile. ``crops``: tile rows and columns of the tiles that are not the thumbnail.
     ``regions``: rectangles ``(rows, columns)`` of prompt indices that cover all patches: the thumbnail, and the crops
-    stitched together and unpadded. All tensors are int64 on the CPU.
+    stitched together and unpadded. All tensors are int64 on the CPU. ``video``: the tiles are frames, in the order of time.
     """
 
     total: int
@@ -38,6 +38,7 @@ class ImageLayout:
     thumbnail: bool
     crops: tuple[int, int]
     regions: tuple[Tensor, ...]
+    video: bool = False
 
     @property
     def tiles(self) -> int:

@@ -11,9 +11,9 @@ TESTED = ("4.57.6", "5.23.0")
 
 
 @remembered
-def tiles_in_a_row(tiles: int, grid: tuple[int, int], separators: int = 0) -> ImageLayout:
+def tiles_in_a_row(tiles: int, grid: tuple[int, int], separators: int = 0, video: bool = False) -> ImageLayout:
     """Tiles of ``grid`` tokens one behind the other, each a rectangle of its own: the frames of a video, or tiles whose place
-    in the image is not told. ``separators``: tokens at the end that belong to no patch.
+    in the image is not told. ``separators``: tokens at the end that belong to no patch. ``video``: they are frames.
 
     A single tile is the whole image, and hence its thumbnail.
     """
@@ -26,4 +26,5 @@ def tiles_in_a_row(tiles: int, grid: tuple[int, int], separators: int = 0) -> Im
         thumbnail=tiles == 1,
         crops=(0, 0),
         regions=tuple(placeholder.view(tiles, rows, columns)),
+        video=video,
     )

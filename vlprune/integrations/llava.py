@@ -41,7 +41,7 @@ def next_video_layouts(model: nn.Module, arguments: dict[str, Any]) -> list[Imag
     config: Any = model.config
     videos, frames = frames_of(arguments)
     side = patches_per_side(model) // config.spatial_pool_stride
-    return [tiles_in_a_row(frames, (side, side))] * videos
+    return [tiles_in_a_row(frames, (side, side), video=True)] * videos
 
 
 def frames_of(arguments: dict[str, Any]) -> tuple[int, int]:

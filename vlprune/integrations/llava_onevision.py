@@ -35,7 +35,7 @@ def video_layouts(model: nn.Module, arguments: dict[str, Any]) -> list[ImageLayo
     """Frames at half of the tile's sides, and a newline behind the last one."""
     side = -(-patches_per_side(model) // 2)
     videos, frames = frames_of(arguments)
-    return [tiles_in_a_row(frames, (side, side), separators=1)] * videos
+    return [tiles_in_a_row(frames, (side, side), separators=1, video=True)] * videos
 
 
 def groups(model: nn.Module, grid: tuple[int, int]) -> Tensor:

@@ -18,7 +18,10 @@ from vlprune.integrations.layouts import TESTED, tiles_in_a_row
 
 def layouts(model: nn.Module, arguments: dict[str, Any]) -> list[ImageLayout]:
     merge = _merge(model)
-    return [tiles_in_a_row(frames, (rows // merge, columns // merge)) for frames, rows, columns in _grids(arguments).tolist()]
+    return [
+        tiles_in_a_row(frames, (rows // merge, columns // merge), video=frames > 1)
+        for frames, rows, columns in _grids(arguments).tolist()
+    ]
 
 
 def groups(model: nn.Module, grid: tuple[int, int]) -> Tensor:
