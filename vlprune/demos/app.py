@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.themes import Soft
+from gradio.themes import Default
 
 import vlprune
 from vlprune.demos import explorer, page, requests
@@ -27,15 +27,6 @@ MOST_WAITING = 32
 """Requests that queue up before further ones are refused."""
 KEPT_FOR = 3600
 """Seconds until uploaded files are deleted."""
-
-
-class Upload(gr.Image):
-    """An image as the path of its file: it is checked and opened by :mod:`vlprune.demos.requests`, with its own messages."""
-
-    is_template = True
-
-    def preprocess(self, payload: Any) -> str | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None if payload is None else payload.path
 
 
 def build(answerer: Answerer) -> gr.Blocks:
@@ -58,7 +49,7 @@ def build(answerer: Answerer) -> gr.Blocks:
 
 def launch(blocks: gr.Blocks, host: str, port: int | None, **options: Any) -> Any:
     """Serves the page; nothing of it comes from, or goes to, another machine."""
-    theme = Soft(primary_hue="teal", neutral_hue="slate", font=FONT, font_mono=MONOSPACED)
+    theme = Default(primary_hue="teal", neutral_hue="slate", font=FONT, font_mono=MONOSPACED)
     quiet: Any = {"share": False, "footer_links": [], "ssr_mode": False, "run_history": False, "pwa": False}
     return blocks.launch(
         server_name=host,
@@ -100,24 +91,18 @@ def _compare_tab(answerer: Answerer, names: list[str], samples: list[tuple[str, 
     second = "divprune" if "divprune" in names else names[0]
     with gr.Row():
         with gr.Column(scale=4, min_width=300):
-            image = Upload(value=samples[0][0], label="image", type="filepath", sources=["upload", "clipboard"], height=270)
-            question = gr.Textbox(samples[0][1], label="question", max_lines=3, max_length=2000, elem_id="question")
+            image, question = _asking(samples, 250)
             ask = gr.Button("Ask", variant="primary", elem_id="ask")
-        with gr.Column(scale=5, min_width=300):
+        with gr.Column(scale=6, min_width=300):
             with gr.Row():
-                first_name = gr.Dropdown(names, value="hired", label="method A", min_width=140, elem_id="method-a")
-                first_budget = _budget("A")
-            with gr.Row():
-                second_name = gr.Dropdown(
-                    [requests.UNPRUNED, *names], value=second, label="method B", min_width=140, elem_id="method-b"
-                )
-                second_budget = _budget("B")
-            examples = gr.Examples(
-                [list(sample) for sample in samples], [image, question], label="examples", examples_per_page=8
-            )
-    cards = gr.HTML(
-        page.note("The answers will stand here: without pruning, with method A, with method B."), elem_id="answers"
-    )
+                with gr.Group():
+                    first_name = gr.Dropdown(names, value="hired", label="method A", elem_id="method-a")
+                    first_budget = _budget("a")
+                with gr.Group():
+                    second_name = gr.Dropdown([requests.UNPRUNED, *names], value=second, label="method B", elem_id="method-b")
+                    second_budget = _budget("b")
+            cards = gr.HTML(page.answers([requests.UNPRUNED, "method A", "method B"], [None] * 3, 0), elem_id="answers")
+            table = gr.HTML(page.note("Ask, and what each answer cost will stand here."), elem_id="costs")
     drawn = gr.State(None)
     with gr.Column(visible=False, elem_id="pictures") as results:
         stage = gr.Radio([ALL], value=ALL, label="what is kept", elem_id="stage")
@@ -127,23 +112,11 @@ def _compare_tab(answerer: Answerer, names: list[str], samples: list[tuple[str, 
                 for letter in "AB"
             ]
         gr.HTML(page.LEGEND)
-        table = gr.HTML(elem_id="costs", label="costs")
-        galleries = []
         with gr.Row():
-            for letter in "AB":
-                with gr.Column(min_width=300), gr.Accordion(f"method {letter}: stages, merged groups, scores", open=True):
-                    galleries.append(
-                        gr.Gallery(
-                            columns=2,
-                            object_fit="contain",
-                            show_label=False,
-                            elem_id=f"gallery-{letter.lower()}",
-                            height="auto",
-                        )
-                    )
+            sheets = [_sheet(letter) for letter in "AB"]
         gr.HTML(page.note(NOTE))
     inputs = [image, question, first_name, first_budget, second_name, second_budget]
-    outputs = [cards, results, stage, *sliders, table, *galleries, drawn]
+    outputs = [cards, results, stage, *sliders, table, *sheets, drawn]
 
     def on_ask(path: Any, text: Any, a: str, a_budget: float, b: str, b_budget: float) -> Iterator[Any]:
         skip = gr.skip()
@@ -162,7 +135,10 @@ def _compare_tab(answerer: Answerer, names: list[str], samples: list[tuple[str, 
                         for one, name in zip(now.pictures, now.names[1:], strict=True)
                     ),
                     page.costs(now.names, now.answers),
-                    *(_shown(one) for one in now.pictures),
+                    *(
+                        one.sheet(2, f"{name}: stages, merged tokens, scores")
+                        for one, name in zip(now.pictures, now.names[1:], strict=True)
+                    ),
                     now.pictures,
                 )
         except Exception as error:
@@ -173,7 +149,6 @@ def _compare_tab(answerer: Answerer, names: list[str], samples: list[tuple[str, 
 
     gr.on([ask.click, question.submit], on_ask, inputs, outputs, api_name="ask", show_progress="minimal")
     stage.input(on_stage, [stage, drawn], sliders, show_progress="hidden", api_visibility="private")
-    del examples
 
 
 NOTE = (
@@ -185,15 +160,34 @@ NOTE = (
 
 
 def _budget(letter: str) -> gr.Slider:
-    return gr.Slider(
-        5, 100, value=30, step=1, label="budget, % of the tokens", min_width=160, elem_id=f"budget-{letter.lower()}"
+    return gr.Slider(5, 100, value=30, step=1, label="budget, %", min_width=120, elem_id=f"budget-{letter}")
+
+
+def _asking(samples: list[tuple[str, str]], height: int) -> tuple[gr.Image, gr.Textbox]:
+    """An image and a question about it, and examples of both."""
+    image = gr.Image(samples[0][0], label="image", type="filepath", sources=["upload", "clipboard"], height=height)
+    # The path of the file, of which gradio has made sure that it was uploaded: it is opened with messages of our own.
+    image.preprocess = _path
+    shown = gr.Dataset(
+        components=[gr.Image(render=False)],
+        samples=[[path] for path, _ in samples],
+        type="index",
+        layout="gallery",
+        label="examples",
     )
+    question = gr.Textbox(samples[0][1], label="question", max_lines=3, max_length=2000)
+    shown.click(lambda n: samples[n], shown, [image, question], show_progress="hidden", api_visibility="private")
+    return image, question
 
 
-def _shown(one: Any) -> Any:
-    shown = [(picture, name) for name, picture in one.kept.items() if name != ALL]
-    shown += [(one.groups, "merged groups")] if one.groups else []
-    return shown + [(picture, name) for name, picture in one.scores.items()]
+def _path(payload: Any) -> str | None:
+    return None if payload is None else payload.path
+
+
+def _sheet(letter: str) -> gr.Image:
+    return gr.Image(
+        show_label=False, interactive=False, elem_id=f"sheet-{letter.lower()}", min_width=300, buttons=["fullscreen"]
+    )
 
 
 # ------------------------------------------------------------------ by hand
@@ -205,8 +199,7 @@ def _hand_tab(answerer: Answerer, names: list[str], samples: list[tuple[str, str
     )
     with gr.Row():
         with gr.Column(scale=3, min_width=300):
-            source = Upload(value=samples[0][0], label="image", type="filepath", sources=["upload", "clipboard"], height=220)
-            question = gr.Textbox(samples[0][1], label="question", max_lines=3, max_length=2000)
+            source, question = _asking(samples, 200)
             with gr.Row():
                 everything, nothing = gr.Button("Keep all", size="sm"), gr.Button("Drop all", size="sm")
             with gr.Row():
@@ -269,7 +262,6 @@ def _hand_tab(answerer: Answerer, names: list[str], samples: list[tuple[str, str
     load.click(on_load, [source, question, start, budget], shown, **quiet)
     question.submit(redraw, [source, question, kept], shown, **quiet)
     source.change(lambda path, text: redraw(path, text, None), [source, question], shown, **quiet)
-    gr.Examples([list(sample) for sample in samples], [source, question], label="examples", examples_per_page=8)
 
 
 # ------------------------------------------------------------------ explorer

@@ -18,6 +18,8 @@ from vlprune.visualize import drawing, show
 ALL = "all stages together"
 SIDE = 640
 """Pixels of the longer side of pictures."""
+PANEL = 300
+"""The same of a panel among others."""
 LOG = logging.getLogger(__name__)
 
 
@@ -30,6 +32,13 @@ class Pictures:
     stages: Image.Image | None = None
     groups: Image.Image | None = None
     scores: dict[str, Image.Image] = field(default_factory=dict)
+
+    def sheet(self, across: int, title: str) -> Image.Image:
+        """Every stage, the merged groups and the scores, with their names below them."""
+        panels = [(name, picture) for name, picture in self.kept.items() if name != ALL] or [(ALL, self.kept[ALL])]
+        panels += [("merged tokens, by group", self.groups)] if self.groups else []
+        panels += [(f"score: {name}", picture) for name, picture in self.scores.items()]
+        return drawing.sheet([(name, drawing.enlarged(picture, PANEL)[0]) for name, picture in panels], across, title=title)
 
     def pair(self, stage: str) -> tuple[Image.Image, Image.Image]:
         """The image, and what is kept of it at a stage; at the last one before it where the method has no such stage."""

@@ -100,9 +100,7 @@ class _Scale:
         return TOP + (self.top - score) / (self.top - self.bottom) * (HEIGHT - TOP - BOTTOM)
 
     def ticks(self) -> list[float]:
-        every = 0.5 if self.high - self.low < 4 else 1.0
-        first = math.ceil(self.low / every)
-        return [2 ** (every * n) for n in range(first, math.floor(self.high / every) + 1)]
+        return [2.0**n for n in range(math.ceil(self.low), math.floor(self.high) + 1)]
 
 
 def _axes(scale: _Scale, axis: str, number: str) -> str:
@@ -134,7 +132,7 @@ def _line(method: str, points: list[Setting], number: str, cost: str, scale: _Sc
     places = [(scale.x(_cost(one, cost)), scale.y(_score(one, number)["value"])) for one in points]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     thin = "thin" if method in BASELINES else ""
-    parts = [f"<g class='line {thin}' style='color: {colour}' tabindex='0'><polyline points='{path}'/>"]
+    parts = [f"<g class='line {thin}' style='--line: {colour}' tabindex='0'><polyline points='{path}'/>"]
     end, name = places[-1], WIDTH - RIGHT + 14
     parts.append(f"<path class='leader' d='M{end[0]:.1f},{end[1]:.1f} L{name - 4},{label:.1f}'/>")
     parts.append(f"<text class='name' x='{name}' y='{label + 4:.1f}'>{escape(method)}</text>")

@@ -135,7 +135,9 @@ def font(size: int = 15) -> Any:
     return ImageFont.load_default(size)
 
 
-def sheet(panels: Sequence[tuple[str, Image.Image]], across: int | None = None, legend: Sequence[Any] = ()) -> Image.Image:
+def sheet(
+    panels: Sequence[tuple[str, Image.Image]], across: int | None = None, legend: Sequence[Any] = (), title: str = ""
+) -> Image.Image:
     """Panels of one size with a caption (lines of text) under each, ``across`` in a row, and a legend of colours below."""
     across = across or min(4, len(panels))
     width, height = panels[0][1].size
@@ -143,10 +145,13 @@ def sheet(panels: Sequence[tuple[str, Image.Image]], across: int | None = None, 
     width = max(width, *(int(font().getlength(line)) for caption, _ in panels for line in caption.split("\n")), 0)
     step = height + 6 + LINE * lines + GAP
     rows = -(-len(panels) // across)
-    made = Image.new("RGB", (GAP + across * (width + GAP), GAP + rows * step + (LINE + GAP if legend else 0)), PAPER)
+    head = LINE + GAP if title else 0
+    foot = LINE + GAP if legend else 0
+    made = Image.new("RGB", (GAP + across * (width + GAP), head + GAP + rows * step + foot), PAPER)
     draw = ImageDraw.Draw(made)
+    draw.text((GAP, GAP), title, font=font(18), fill=INK)
     for number, (caption, panel) in enumerate(panels):
-        left, top = GAP + number % across * (width + GAP), GAP + number // across * step
+        left, top = GAP + number % across * (width + GAP), head + GAP + number // across * step
         made.paste(panel, (left, top))
         draw.multiline_text((left, top + height + 6), caption, font=font(), fill=INK, spacing=4)
     left = GAP
