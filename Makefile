@@ -11,17 +11,23 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := bin/pip -qq
 
 # One thread a worker, or two workers share the cores badly; and nothing here needs the network.
-TEST_ENV := NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST := bin/pytest -n 2
+VIT_TESTS := tests/vit/test_libraries.py
+# The ends and the turns of the ranges that are supported, as TIMM_OPENCLIP: before timm's attention took masks and just behind
+# it, open_clip with rows first and with the batch first. The oldest transformers goes with the oldest of both.
+VERSIONS := 0.9.0_2.24.0 1.0.15_2.30.0 1.0.16_3.0.0
 NO_TRANSFORMERS := $(patsubst %,--ignore=tests/evals/test_%.py,benchmarks compare metrics recipes synthvqa vqa_normalisation)
 
 .PHONY: help
 help:
 	@echo "make run         measure accuracy and speed of the pruning methods on this machine (a table and a picture)"
 	@echo "make test        everything that must hold: style, types, import contracts, and the tests with two transformers"
+	@echo "make test-versions  the tests of timm and open_clip with their older versions, and transformers' oldest"
 	@echo "make env         the environment .venv that both use"
 	@echo "make env-oldest  the environment .venv-oldest, with the oldest transformers that is supported"
 	@echo "make docs        the site of docs/, in site/"
+	@echo "make env-vit     the environment .venv-vit: .venv, and timm and open_clip over it"
 	@echo "make lint        style and import contracts"
 	@echo "make format      put the style right where that needs no thought"
 	@echo "make types       static types"
@@ -37,17 +43,30 @@ run: env
 # ------------------------------------------------------------------ checks
 
 .PHONY: test
-test: env env-oldest lint types
+test: env env-oldest env-vit lint types
 	@echo "Tests, with the newest transformers:"
-	@$(TEST_ENV) .venv/$(PYTEST) $(PYTEST_ARGS)
+	@$(TEST_ENV) .venv/$(PYTEST) $(VIT_TESTS:%=--ignore=%) $(PYTEST_ARGS)
 	@echo "The same tests, with the oldest transformers (wheel, kernels, data and metrics do not depend on it):"
-	@$(TEST_ENV) .venv-oldest/$(PYTEST) --ignore=tests/test_packaging.py --ignore=tests/test_site.py --ignore=tests/kernels $(NO_TRANSFORMERS) $(PYTEST_ARGS)
+	@$(TEST_ENV) .venv-oldest/$(PYTEST) $(VIT_TESTS:%=--ignore=%) --ignore=tests/test_packaging.py --ignore=tests/test_site.py --ignore=tests/kernels $(NO_TRANSFORMERS) $(PYTEST_ARGS)
+	@echo "Vision transformers of timm and open_clip:"
+	@$(TEST_ENV) .venv-vit/$(PYTEST) $(VIT_TESTS) $(PYTEST_ARGS)
 	@echo "All checks passed."
+
+.PHONY: test-versions
+test-versions: env env-oldest $(VERSIONS:%=test-version-%)
+	@echo "timm and open_clip work in all versions that were tried: $(VERSIONS)"
+
+test-version-%: .venv-versions/%/.installed
+	@echo "$(subst _, and open_clip ,timm $*):"
+	@$(TEST_ENV) .venv-versions/$*/$(PYTEST) $(VIT_TESTS) $(PYTEST_ARGS)
 
 .PHONY: docs
 docs: env
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet
 	@echo "The site is built: open site/index.html."
+
+	@$(TEST_ENV) .venv-oldest/$(PYTEST) $(VIT_TESTS:%=--ignore=%) --ignore=tests/test_packaging.py --ignore=tests/kernels $(NO_TRANSFORMERS) $(PYTEST_ARGS)
+	@echo "All checks passed."
 
 .PHONY: lint
 lint: env
@@ -69,11 +88,14 @@ format: env
 
 # ------------------------------------------------------------------ environments
 
-.PHONY: env env-oldest
+.PHONY: env env-oldest env-vit
 env: .venv/.installed
 	@echo "The environment .venv is ready."
 env-oldest: .venv-oldest/.installed
 	@echo "The environment .venv-oldest is ready."
+
+env-vit: .venv-vit/.installed
+	@echo "The environment .venv-vit is ready."
 
 # $(call install,FOLDER,CONSTRAINTS,EXTRAS). torch comes first and alone, so that no other package chooses its build.
 # Without build isolation the project itself is built with the pinned tools.
@@ -99,9 +121,30 @@ endef
 .venv-oldest/.installed: pyproject.toml constraints-oldest.txt
 	$(call install,.venv-oldest,constraints-oldest.txt,evals$(comma)test)
 
+# $(call over,FOLDER,BELOW,PACKAGES): an environment that sees all of the one below, and has some packages more. They come
+# without their dependencies: what they need is below, and their torchvision would want a torch of its own.
+define over
+	@echo "Preparing the environment $(1), once."
+	@$(PYTHON) -m venv $(1)
+	@echo "import site; site.addsitedir('$$($(2)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"
+	@$(1)/$(PIP) install --no-deps $(3)
+	@printf '#!/bin/sh\nexec "$$(dirname "$$0")/python" -P -m pytest "$$@"\n' > $(1)/bin/pytest && chmod +x $(1)/bin/pytest
+	@touch $(1)/.installed
+endef
+
+.venv-vit/.installed: .venv/.installed constraints-vit.txt
+	$(call over,.venv-vit,.venv,-r constraints-vit.txt)
+
+OTHERS := $(shell grep -e '^ftfy' -e '^torchvision' -e '^wcwidth' constraints-vit.txt)
+.venv-versions/%/.installed: .venv/.installed .venv-oldest/.installed constraints-vit.txt
+	$(call over,.venv-versions/$*,$(if $(filter 0.9%,$*),.venv-oldest,.venv),$(OTHERS) $(subst _, open_clip_torch==,timm==$*))
+.PRECIOUS: .venv-versions/%/.installed
+
 comma := ,
 
 .PHONY: clean
 clean:
-	rm -rf .venv .venv-oldest build dist results site .hypothesis .import_linter_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-vit .venv-versions build dist results site .hypothesis .import_linter_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest build dist results .hypothesis .import_linter_cache .pytest_cache .ruff_cache
 	find vlprune tests -name __pycache__ -type d -prune -exec rm -rf {} +
