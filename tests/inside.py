@@ -136,6 +136,14 @@ def best(scores: list[float], count: int) -> list[int]:
     return sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count])
 
 
+def assert_best(kept: list[int], scores: list[float], count: int, tolerance: float = 1e-6) -> None:
+    """``kept`` are the ``count`` best, but for scores so near to each other that float32 may swap them."""
+    assert len(kept) == len(set(kept)) == count
+    least = sorted(scores)[-count]
+    assert all(scores[i] >= least - tolerance for i in kept)
+    assert all(score <= least + tolerance for i, score in enumerate(scores) if i not in kept)
+
+
 def length(vector: list[float]) -> float:
     return sum(x * x for x in vector) ** 0.5
 

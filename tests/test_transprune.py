@@ -51,17 +51,7 @@ def test_transitions_and_attention_count_alike(layers, content):
                 change = [mine[place] for place in tokens.positions.tolist()]
                 wanted = attention_by_hand(tokens)
                 scores = [c / (sum(change) + 1e-8) + w / (sum(wanted) + 1e-8) for c, w in zip(change, wanted, strict=True)]
-                rounded = [round(score, 7) for score in scores]
-                assert close_to_best(selection.keep.tolist(), rounded, tokens.count)
-
-
-def close_to_best(kept: list[int], scores: list[float], count: int) -> bool:
-    """Whether what is kept is the best, but for scores that rounding may swap."""
-    threshold = sorted(scores, reverse=True)[count - 1]
-    return len(kept) == count and all(
-        (scores[i] >= threshold - 2e-7 * max(1, abs(threshold))) if i in kept else (scores[i] <= threshold + 2e-7)
-        for i in range(len(scores))
-    )
+                inside.assert_best(selection.keep.tolist(), scores, tokens.count)
 
 
 def test_the_published_schedule():

@@ -25,6 +25,7 @@ from vlprune.methods import (
     ATS,
     DART,
     EMS,
+    FEATHER,
     H2O,
     MCTF,
     SCOPE,
@@ -96,13 +97,12 @@ from vlprune.signals import (
 methods = _methods  # after the package vlprune.methods is imported, whose name the function takes here
 __version__ = "0.1.0"
 __all__ = [
-    "VScan",
-    "VFlowOpt",
     "A2SF",
     "ALGM",
     "ATS",
     "DART",
     "EMS",
+    "FEATHER",
     "H2O",
     "MCTF",
     "SCOPE",
@@ -174,8 +174,10 @@ __all__ = [
     "Uniform",
     "UnsupportedMethodError",
     "UnsupportedModelError",
+    "VFlowOpt",
     "VLCache",
     "VLPruneError",
+    "VScan",
     "Values",
     "VidTLDR",
     "VisPruner",

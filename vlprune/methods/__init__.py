@@ -13,6 +13,7 @@ from vlprune.methods.dynamicvit import DynamicViT
 from vlprune.methods.evit import EViT
 from vlprune.methods.fastervlm import FasterVLM
 from vlprune.methods.fastv import FastV
+from vlprune.methods.feather import FEATHER
 from vlprune.methods.flowcut import FlowCut
 from vlprune.methods.globalcom2 import GlobalCom2
 from vlprune.methods.hired import HiRED
@@ -52,13 +53,12 @@ from vlprune.methods.vtm import VTM
 from vlprune.methods.zero_tprune import ZeroTPrune
 
 __all__ = [
-    "VScan",
-    "VFlowOpt",
     "A2SF",
     "ALGM",
     "ATS",
     "DART",
     "EMS",
+    "FEATHER",
     "H2O",
     "MCTF",
     "SCOPE",
@@ -99,7 +99,9 @@ __all__ = [
     "ToMe",
     "TransPrune",
     "Uniform",
+    "VFlowOpt",
     "VLCache",
+    "VScan",
     "VidTLDR",
     "VisPruner",
     "VisionZip",
