@@ -16,6 +16,7 @@ import vlprune
 from tests import test_stages, zoo
 from tests.between import CLIP, CONTENTS
 from tests.reference import dropped, masked
+from tests.test_costs import waits
 from tests.test_generation import full_cache
 from tests.test_stages import pruned_and_masked, stepwise
 from vlprune import budget as budgets
@@ -528,3 +529,20 @@ def test_weights_that_cannot_be_read_are_refused():
     projection.forward = lambda hidden: hidden
     with vlprune.applied(model, "criticalkv"), pytest.raises(UnsupportedMethodError, match="vatp"), torch.no_grad():
         model(**zoo.prompt("llava"))
+
+
+# ------------------------------------------------------------------ what it costs
+
+
+def test_the_device_is_not_waited_for():
+    """Neither for scores nor for merging, noise, or eviction while text is generated; VL-Cache asks once for all layers."""
+    inputs = zoo.prompt("llava")
+    del inputs["attention_mask"]
+    model = zoo.build("llava")
+    quiet: list[vlprune.Method] = [definition[0] for definition in DEFINITIONS] + [merging[0] for merging in MERGING]
+    quiet += [vlprune.H2O(budget=5, again=1), vlprune.without_sinks(vlprune.SnapKV()), vlprune.SpAtten()]
+    quiet += [vlprune.without_sinks(vlprune.FastV(layer=1))]
+    for method in quiet:
+        assert not waits(model, inputs, method), method
+    found = waits(model, inputs, vlprune.VLCache())
+    assert {where.split(":")[0]: count for where, count in found.items()} == {"tolist at methods/kv/vlcache.py": 1}, found

@@ -58,14 +58,15 @@ class VLCache(CachePolicy):
         return Plan(total, cached=dict.fromkeys(range(shape.text_layers), total) if self.count(total) < total else {})
 
     def evict(self, tokens: CacheTokens) -> Selection:
-        if "left in layers" not in tokens.notes:
+        if "left in layer 0" not in tokens.notes:
             spread = [tokens[signal].mean() for signal in self._supports(tokens.shape)]
-            counts = budgets.over_layers(self.count(tokens.layout.total), torch.stack(spread).tolist(), tokens.layout.total)
-            tokens.notes["left in layers"] = torch.tensor(counts)
+            total = tokens.layout.total
+            for layer, count in enumerate(budgets.over_layers(self.count(total), torch.stack(spread).tolist(), total)):
+                # As the length of an empty tensor, which the host knows: a number in it would have to be read back.
+                tokens.notes[f"left in layer {layer}"] = torch.empty(count, 0)
         scores = self.score(tokens)
-        keep = best(
-            scores if self.by_head else scores.mean(0, keepdim=True), int(tokens.notes["left in layers"][tokens.layer])
-        )
+        count = len(tokens.notes[f"left in layer {tokens.layer}"])
+        keep = best(scores if self.by_head else scores.mean(0, keepdim=True), count)
         return Selection(keep if self.by_head else keep[0])
 
     def _supports(self, shape: ModelShape) -> Sequence[AttentionSupport]:
