@@ -116,6 +116,8 @@ class VisionHooks:
                 f"{type(self.method).__name__} shows the vision encoder smaller tiles and drops inside of it; "
                 "a method does one of the two for an image"
             )
+        if layers or self.probe.needs:
+            self._check_rows()
         self.run = Run(self.parts, self.method, self.probe, rows, tracks) if layers else None
         try:
             with self.probe.run(layers):
@@ -131,6 +133,18 @@ class VisionHooks:
         for index, track in enumerate(tracks):
             track.signals = self.probe.take(index)
         self.probe.forget()
+
+    def _check_rows(self) -> None:
+        """Raises :class:`UnsupportedMethodError` where another method makes rows fewer in the encoder's blocks."""
+        from vlprune.engine.vit.blocks import STATE
+
+        patch = next((state.run.method for block in self.parts.vision_layers if (state := block.__dict__.get(STATE))), None)
+        if patch is not None:
+            raise UnsupportedMethodError(
+                f"{self.method.name} looks into the vision encoder, where {patch.name} was applied to "
+                f"{type(self.parts.vision).__name__} on its own and makes rows fewer; methods that go by features "
+                "alone can be used behind that, divprune for example"
+            )
 
     def _layers(self, layout: ImageLayout) -> frozenset[int]:
         layers = frozenset(self.method.encode_layers(layout, self.parts.shape))
