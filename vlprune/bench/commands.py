@@ -1,4 +1,4 @@
-"""The command ``vlprune bench``: ``kernels``, ``model``, ``plot``, ``report``, ``all``."""
+"""The command ``vlprune bench``: ``kernels``, ``model``, ``vit``, ``plot``, ``report``, ``all``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from vlprune.bench import METHODS
+from vlprune.bench import METHODS, vit_names
 from vlprune.errors import VLPruneError
 from vlprune.evals import settings as written
 from vlprune.terminal import clear_errors
@@ -136,20 +136,55 @@ def bench_model(
     report.print_models(sink.rows, console)
 
 
+@app.command("vit")
+@clear_errors
+def bench_vit(
+    models: Annotated[str, typer.Option(help="vit-b/16, vit-l/14-336, tiny; several with commas between.")] = vit_names.MODELS,
+    methods: Annotated[str, typer.Option(help="As for eval: with commas between, options in brackets.")] = vit_names.METHODS,
+    budgets: Annotated[str, typer.Option(help="Shares of token-layers that are left.")] = vit_names.BUDGETS,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each variant runs, in turns with all others.")] = 10,
+    minutes: Annotated[
+        float | None, typer.Option(help="After so many, no new round of a model begins (from the fourth round on).")
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    resume: Resume = False,
+    out: Out = None,
+) -> None:
+    """Vision transformers on their own, random weights, under methods that merge or drop in their blocks.
+
+    Example: vlprune bench vit --models tiny --budgets 0.5 --rounds 2 --out vit.csv
+    """
+    from vlprune.bench import jobs, journal, suite, vit, vit_report
+
+    console, where = Console(highlight=False), _device(device, threads)
+    sizes = _named(vit.SIZES, models, "--models")
+    plan = vit.VitPlan(suite.variants_of(methods, budgets), batch, rounds, minutes)
+    sink = jobs.Sink(out or journal.default_path("vit"), vit.COLUMNS, where, resume)
+    console.print(f"{len(sizes)} models, {len(plan.variants)} variants on {escape(_name(sink))}, into {sink.path}")
+    for size in sizes:
+        vit.measure(size, plan, sink, _dtype(dtype, where), _say(console))
+    vit_report.show(sink.rows, console)
+
+
 @app.command("plot")
 @clear_errors
 def bench_plot(
-    files: Annotated[list[Path] | None, typer.Argument(help="CSV files of 'vlprune bench model'.")] = None,
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="CSV files of 'vlprune bench model', or of 'vlprune bench vit'.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures; by default that of the first file.")] = None,
 ) -> None:
     """Draws speed-up against budget with the floor's line, and the parts of each prefill stacked.
 
     Example: vlprune bench plot model.csv
     """
-    from vlprune.bench import journal, plot
+    from vlprune.bench import journal, publish
 
     files = files or [journal.default_path("model")]
-    drawn = plot.draw(journal.read_all(files), out or files[0].parent)
+    drawn = [path for draw, rows in publish.pictures(files) for path in draw(rows, out or files[0].parent)]
     if not drawn:
         raise VLPruneError(f"{', '.join(map(str, files))}: no rows to draw")
     for path in drawn:
@@ -159,10 +194,10 @@ def bench_plot(
 @app.command("report")
 @clear_errors
 def bench_report(
-    folder: Annotated[Path, typer.Argument(help="Folder with CSV files of both kinds.")] = Path("benchmarks/results"),
+    folder: Annotated[Path, typer.Argument(help="Folder with CSV files of all kinds.")] = Path("benchmarks/results"),
     docs: Annotated[Path, typer.Option(help="Folder of the documents.")] = Path("docs"),
 ) -> None:
-    """Writes docs/results/speed.md, speed-kernels.md and pictures from the CSV files: no number is copied by hand.
+    """Writes docs/results/speed.md, speed-kernels.md, speed-vit.md and pictures from CSV files: no number is copied.
 
     Example: vlprune bench report . --docs pages
     """
@@ -176,7 +211,7 @@ def bench_report(
 @clear_errors
 def bench_all(
     out: Annotated[Path, typer.Option(help="Folder for the CSV files and pictures.")] = Path("benchmarks/results"),
-    only: Annotated[str, typer.Option(help="kernels, model, or both with a comma between.")] = "kernels,model",
+    only: Annotated[str, typer.Option(help="kernels, model, vit; several with commas between.")] = "kernels,model,vit",
     smoke: Annotated[bool, typer.Option("--smoke", help="The same with tiny sizes, to see that it runs.")] = False,
     device: Device = "auto",
     resume: Resume = False,

@@ -65,6 +65,15 @@ def check(path: Path, columns: Sequence[str]) -> None:
             raise JournalError(f"{path} has other columns than this version writes; give another file with --out")
 
 
+def heading(path: Path) -> list[str]:
+    """The columns of a file."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.readline().rstrip("\n").split(",")
+    except OSError as error:
+        raise JournalError(f"cannot read {path}: {error.strerror or error}") from error
+
+
 def read(path: Path) -> list[Row]:
     """All rows, numbers as numbers and empty cells as None. A row that was cut off is none."""
     try:

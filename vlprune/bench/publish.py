@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from vlprune.bench import journal, kernel_rows, model, plot, report
+from vlprune.bench import journal, kernel_rows, model, plot, report, vit, vit_report
 from vlprune.bench.journal import Row
 from vlprune.errors import VLPruneError
 
@@ -13,31 +14,44 @@ BEGIN, END = "<!-- measured:speed -->", "<!-- end of measured:speed -->"
 
 
 def publish(folder: Path, docs: Path) -> list[Path]:
-    """From all CSV files in ``folder``: ``results/speed.md``, ``results/speed-kernels.md`` and pictures in ``docs``, and the
-    tables between the marks of ``speed.md``."""
-    models, kernels = _rows(folder)
-    if not models and not kernels:
+    """From all CSV files in ``folder``: ``results/speed.md``, ``results/speed-kernels.md``, ``results/speed-vit.md`` and
+    pictures in ``docs``, and the tables between the marks of ``speed.md``."""
+    rows = _rows(sorted(folder.glob("**/*.csv")))
+    if not any(rows.values()):
         raise VLPruneError(f"{folder} holds no rows of vlprune bench")
     (docs / "results").mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
-    if models:
-        written += _models(models, docs)
-    if kernels:
+    if rows["model"]:
+        written += _models(rows["model"], docs)
+    if rows["kernels"]:
         page = docs / "results" / "speed-kernels.md"
-        page.write_text(report.kernel_page(kernels), encoding="utf-8")
+        page.write_text(report.kernel_page(rows["kernels"]), encoding="utf-8")
         written.append(page)
-    return written + _filled(docs / "speed.md", models, kernels)
+    if rows["vit"]:
+        page = docs / "results" / "speed-vit.md"
+        pictures = vit_report.draw(rows["vit"], docs / IMAGES)
+        links = "".join(f"![Speed-up against patches kept](../{path.relative_to(docs)})\n\n" for path in pictures)
+        page.write_text(vit_report.page(rows["vit"]).replace("\n\n## ", f"\n\n{links}## ", 1), encoding="utf-8")
+        written += [page, *pictures]
+    return written + _filled(docs / "speed.md", rows)
 
 
-def _filled(page: Path, models: list[Row], kernels: list[Row]) -> list[Path]:
+def pictures(files: Sequence[Path]) -> list[tuple[Callable[[Sequence[Row], Path], list[Path]], list[Row]]]:
+    """For each kind of rows in ``files`` what draws them, and the rows."""
+    rows = _rows(files)
+    drawing = {"model": plot.draw, "vit": vit_report.draw}
+    return [(draw, rows[kind]) for kind, draw in drawing.items() if rows[kind]]
+
+
+def _filled(page: Path, rows: dict[str, list[Row]]) -> list[Path]:
     """Puts the tables between the marks of ``page``, if there is such a page."""
     text = page.read_text(encoding="utf-8") if page.exists() else ""
     before, mark, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not mark or not end:
         return []
-    found = [report.overview(models)] if models else []
-    found += [report.kernel_overview(kernels)] if kernels else []
+    overviews = {"model": report.overview, "vit": vit_report.overview, "kernels": report.kernel_overview}
+    found = [overview(rows[kind]) for kind, overview in overviews.items() if rows[kind]]
     page.write_text("\n".join([before + mark, *found, end + after]), encoding="utf-8")
     return [page]
 
@@ -55,15 +69,15 @@ def _models(rows: list[Row], docs: Path) -> list[Path]:
     return [page, *written]
 
 
-def _rows(folder: Path) -> tuple[list[Row], list[Row]]:
-    """Rows of models and of kernels, told apart by their columns."""
-    models: list[Row] = []
-    kernels: list[Row] = []
-    for path in sorted(folder.glob("**/*.csv")):
-        with path.open(encoding="utf-8") as file:
-            heading = file.readline().rstrip("\n").split(",")
-        if heading == list(model.COLUMNS):
-            models += journal.read(path)
-        elif heading == list(kernel_rows.COLUMNS):
-            kernels += journal.read(path)
-    return models, kernels
+KINDS = {"model": model.COLUMNS, "kernels": kernel_rows.COLUMNS, "vit": vit.COLUMNS}
+
+
+def _rows(files: Iterable[Path]) -> dict[str, list[Row]]:
+    """Rows of each kind, told apart by their columns."""
+    found: dict[str, list[Row]] = {kind: [] for kind in KINDS}
+    for path in files:
+        heading = journal.heading(path)
+        for kind, columns in KINDS.items():
+            if heading == list(columns):
+                found[kind] += journal.read(path)
+    return found
