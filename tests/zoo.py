@@ -465,6 +465,11 @@ VIDEOS: dict[str, dict[str, Any]] = {
 }
 
 
+def prunes(method: str, scenario: str) -> bool:
+    """Whether anything is to be dropped: EVS leaves images whole."""
+    return method != "evs" or scenario in VIDEOS
+
+
 PER_TOKEN = {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"}
 """Inputs ``(B, L)``; the others are beside the prompt."""
 

@@ -11,6 +11,7 @@ from vlprune.methods.diffrate import DiffRate
 from vlprune.methods.divprune import DivPrune
 from vlprune.methods.dynamicvit import DynamicViT
 from vlprune.methods.evit import EViT
+from vlprune.methods.evs import EVS
 from vlprune.methods.fastervlm import FasterVLM
 from vlprune.methods.fastv import FastV
 from vlprune.methods.feather import FEATHER
@@ -43,8 +44,10 @@ from vlprune.methods.todre import ToDRE
 from vlprune.methods.tofu import ToFu
 from vlprune.methods.tome import ToMe
 from vlprune.methods.transprune import TransPrune
+from vlprune.methods.v_cast import VCAST
 from vlprune.methods.vflowopt import VFlowOpt
 from vlprune.methods.vid_tldr import VidTLDR
+from vlprune.methods.vidcom2 import VidCom2
 from vlprune.methods.visionzip import VisionZip
 from vlprune.methods.vispruner import VisPruner
 from vlprune.methods.vscan import VScan
@@ -53,6 +56,11 @@ from vlprune.methods.vtm import VTM
 from vlprune.methods.zero_tprune import ZeroTPrune
 
 __all__ = [
+    "VCAST",
+    "VidCom2",
+    "EVS",
+    "VScan",
+    "VFlowOpt",
     "A2SF",
     "ALGM",
     "ATS",
@@ -99,9 +107,7 @@ __all__ = [
     "ToMe",
     "TransPrune",
     "Uniform",
-    "VFlowOpt",
     "VLCache",
-    "VScan",
     "VidTLDR",
     "VisPruner",
     "VisionZip",
