@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -42,6 +43,17 @@ def test_example_methods_work(page, monkeypatch):
             report = vlprune.report(model)
         assert report.images[0].stages[-1].tokens_out == 7
         assert report.cached < report.total
+
+
+def test_measured_tables_are_made_from_the_published_results(monkeypatch):
+    """README and the page for choosing hold what docs/publish.py makes of the rows in docs/results; nobody edits them."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import publish
+
+    results = {model: json.loads((publish.DOCS / page.summary).read_text()) for model, page in publish.PAGES.items()}
+    for page, name, made in (("README.md", "readme", publish._overview), ("docs/choosing.md", "choosing", publish._choosing)):
+        _, _, rest = (ROOT / page).read_text().partition(f"<!-- measured:{name} -->\n")
+        assert rest.partition(f"\n<!-- end of measured:{name} -->")[0] == made(results), page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -27,9 +27,9 @@ ELSEWHERE = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHA
 def on_config(config: Any) -> Any:
     for part in config.nav:
         if "Methods" in part:
-            part["Methods"] += pages.method_paths()
+            part["Methods"] += pages.method_nav()
         if "Models" in part:
-            part["Models"] += pages.family_paths()
+            part["Models"] += pages.family_nav()
     return config
 
 

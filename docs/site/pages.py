@@ -44,12 +44,28 @@ def filled(text: str) -> str:
     return re.sub(r"<!-- made: (\w+)[^>]*-->", lambda found: makers[found[1]](), text)
 
 
-def method_paths() -> list[str]:
-    return [f"methods/{name}.md" for name in listing.all_methods()]
+def method_nav() -> list[Any]:
+    """The pages of methods by what they are for, and behind them those that several methods share."""
+    shared = sorted(page.stem for page in (DOCS / "methods").glob("*.md"))
+    return [
+        {"For vision-language models": [f"methods/{name}.md" for name in vlprune.methods()]},
+        {
+            "For vision transformers": [
+                f"methods/{name}.md" for name in vlprune.methods("vit") if name not in vlprune.methods()
+            ]
+        },
+        {
+            "Background": [f"methods/{name}.md" for name in shared if name not in {*described(), "index"}]
+            + ["learned-heads.md"]
+        },
+    ]
 
 
-def family_paths() -> list[str]:
-    return [_path(one.name) for one in [*vlprune.supported_models(), *architectures()]]
+def family_nav() -> list[Any]:
+    return [
+        {"Vision-language models": [_path(one.name) for one in vlprune.supported_models()]},
+        {"Vision transformers": [_path(one.name) for one in architectures()]},
+    ]
 
 
 def _path(name: str) -> str:
