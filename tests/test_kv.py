@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -25,9 +25,10 @@ from vlprune.engine.text_signals import gumbel
 from vlprune.errors import OptionError, UnsupportedMethodError
 from vlprune.image import CacheTokens, ImageLayout, LayerTokens
 from vlprune.integrations.llava import single
-from vlprune.method import Selection
+from vlprune.method import Merge, Selection
 from vlprune.methods.kv.policy import RunningPolicy
 from vlprune.methods.kv.pyramidkv import pyramid
+from vlprune.retrieval import retrieval_layers, retrieval_scores
 from vlprune.signals import AttentionColumns, AttentionSupport, QueryAttention, SinkShare
 
 LAYER, HEADS, GROUP = 1, 4, 2
@@ -531,6 +532,52 @@ def test_weights_that_cannot_be_read_are_refused():
         model(**zoo.prompt("llava"))
 
 
+# ------------------------------------------------------------------ layers that retrieve
+
+
+def test_retrieving_layers_keep_all_and_the_others_share_the_rest():
+    """Of 16 tokens the last ones, the first of which becomes the mean of all before it; in sum what the budget says."""
+    method = vlprune.RazorAttention(budget=0.5, retrieval=(1,))
+    assert method.plan(single(4), CLIP).cached == {0: 6, 2: 5, 3: 5}  # 4 x 8 = 16 + 6 + 5 + 5
+    tokens = replace(cached(method, "random"), count=5)
+    choice = method.evict(tokens)
+    assert choice.keep.tolist() == [11, 12, 13, 14, 15]
+    chosen = Selection(choice.keep.expand(2, -1), Merge(choice.merge.target.expand(2, -1)))  # pyright: ignore
+    found = merged(tokens.keys, chosen)[:, 11:]
+    torch.testing.assert_close(found[:, 1:], tokens.keys[:, 12:])
+    torch.testing.assert_close(found[:, 0], sum(tokens.keys[:, j] for j in range(12)) / 12)
+    for budget in (0.2, 4):
+        with pytest.raises(vlprune.BudgetError, match="razorattention allows 5 to 16"):
+            vlprune.RazorAttention(budget=budget, retrieval=(1,)).plan(single(4), CLIP)
+    with pytest.raises(OptionError, match="layers 0 to 3"):
+        vlprune.RazorAttention(retrieval=(4,)).plan(single(4), CLIP)
+    assert vlprune.RazorAttention(budget=1.0, retrieval=(0, 1, 2, 3)).plan(single(4), CLIP).cached == {}
+
+
+def test_heads_that_retrieve_are_found_by_what_they_look_at():
+    """Three repetitions of seven tokens, query by query, from eager attention."""
+    model, eager = exact("qwen2_vl"), zoo.build("qwen2_vl", "eager", torch.float64)
+    scores = retrieval_scores(model, length=7, repeats=3, seed=1)
+    block = torch.randint(0, 100, (7,), generator=torch.Generator().manual_seed(1)).tolist()
+    ids = torch.tensor([[1, *block, *block, *block]])
+    with torch.no_grad():
+        attention = eager.model.language_model(input_ids=ids, output_attentions=True).attentions
+    for layer, head in product(range(4), range(2)):
+        for found, offset in zip(scores, (0, 1), strict=True):
+            of_queries = []
+            for query_head in (2 * head, 2 * head + 1):
+                sums = 0.0
+                for i in range(8, 22):
+                    sums += sum(
+                        float(attention[layer][0, query_head, i, i - 7 * b + offset]) for b in (1, 2) if i - 7 * b >= 1
+                    )
+                of_queries.append(sums / 14)
+            assert found[layer, head] == pytest.approx(max(of_queries), abs=1e-5)
+    best = int(scores[1].argmax()) // 2
+    assert retrieval_layers(model, induction=0.1, echo=0.0, length=7, repeats=3, seed=1) == (best,)
+    assert retrieval_layers(model, induction=1.0, echo=0.0, length=7, repeats=2) == (0, 1, 2, 3)
+
+
 # ------------------------------------------------------------------ what it costs
 
 
@@ -541,7 +588,7 @@ def test_the_device_is_not_waited_for():
     model = zoo.build("llava")
     quiet: list[vlprune.Method] = [definition[0] for definition in DEFINITIONS] + [merging[0] for merging in MERGING]
     quiet += [vlprune.H2O(budget=5, again=1), vlprune.without_sinks(vlprune.SnapKV()), vlprune.SpAtten()]
-    quiet += [vlprune.without_sinks(vlprune.FastV(layer=1))]
+    quiet += [vlprune.without_sinks(vlprune.FastV(layer=1)), vlprune.RazorAttention(budget=0.5, retrieval=(1,))]
     for method in quiet:
         assert not waits(model, inputs, method), method
     found = waits(model, inputs, vlprune.VLCache())

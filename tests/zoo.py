@@ -263,6 +263,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "sparsevlm": [{"recycle": 0.0}],
     "h2o": [{"recent": 0.5}],
     "look-m": [{"merging": "none"}],
+    "razorattention": [{"compensation": False}],
     "ems": [{"window": 3, "likeness": None}],
     "criticalkv": [{"window": 3, "kernel": 3}],
     "pyramidkv": [{"window": 3, "kernel": 3}],

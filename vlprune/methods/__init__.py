@@ -26,6 +26,7 @@ from vlprune.methods.kv.h2o import H2O
 from vlprune.methods.kv.keyformer import Keyformer
 from vlprune.methods.kv.lookm import LookM
 from vlprune.methods.kv.pyramidkv import PyramidKV
+from vlprune.methods.kv.razor import RazorAttention
 from vlprune.methods.kv.snapkv import SnapKV
 from vlprune.methods.kv.spatten import SpAtten
 from vlprune.methods.kv.tova import TOVA
@@ -98,6 +99,7 @@ __all__ = [
     "PyramidDrop",
     "PyramidKV",
     "Random",
+    "RazorAttention",
     "Resize",
     "SnapKV",
     "SpAtten",
