@@ -46,18 +46,13 @@ def filled(text: str) -> str:
 
 def method_nav() -> list[Any]:
     """The pages of methods by what they are for, and behind them those that several methods share."""
-    shared = sorted(page.stem for page in (DOCS / "methods").glob("*.md"))
+    vlm, known = vlprune.methods(), {*described(), "index"}
+    alone = [name for name in vlprune.methods("vit") if name not in vlm]
+    shared = sorted(page.stem for page in (DOCS / "methods").glob("*.md") if page.stem not in known)
     return [
-        {"For vision-language models": [f"methods/{name}.md" for name in vlprune.methods()]},
-        {
-            "For vision transformers": [
-                f"methods/{name}.md" for name in vlprune.methods("vit") if name not in vlprune.methods()
-            ]
-        },
-        {
-            "Background": [f"methods/{name}.md" for name in shared if name not in {*described(), "index"}]
-            + ["learned-heads.md"]
-        },
+        {"For vision-language models": [f"methods/{name}.md" for name in vlm]},
+        {"For vision transformers": [f"methods/{name}.md" for name in alone]},
+        {"Background": [*(f"methods/{name}.md" for name in shared), "learned-heads.md"]},
     ]
 
 
