@@ -10,7 +10,7 @@ import vlprune
 from tests import inside
 from vlprune.image import LayerTokens
 from vlprune.integrations.llava import single
-from vlprune.methods.transprune import TEXT
+from vlprune.methods.staged import TEXT
 from vlprune.signals import Transition
 
 

@@ -58,7 +58,7 @@ class Pass:
         found: dict[int, list[Image]] = {}
         for image in [] if self.sequence is None else self.sequence.all_images():
             for layer, count in image.chosen.plan.prefill.items():
-                if self.method.adaptive or count < image.count:
+                if count < image.count or (self.method.adaptive and image.count):
                     found.setdefault(layer, []).append(image)
         return found
 
@@ -86,7 +86,8 @@ def prefill(now: Pass, layer: int, hidden: Tensor) -> list[Callable[[Tensor], Te
         keep = to_device(selection.keep, image.alive.device)
         kept.append((image, keep))
         image.steps.append(Step("prefill", layer, image.count, image.alive[keep], clock.stop()))
-    changes.append(Take(sequence.drop(kept)))
+    if any(keep.shape[0] < image.count for image, keep in kept):
+        changes.append(Take(sequence.drop(kept)))
     if signals is not None:
         signals.forget(layer - 1, [s for s in signals.wanted.get(layer - 1, ()) if s.layer is None])
     return changes

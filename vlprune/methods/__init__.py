@@ -12,6 +12,7 @@ from vlprune.methods.divprune import DivPrune
 from vlprune.methods.dynamicvit import DynamicViT
 from vlprune.methods.evit import EViT
 from vlprune.methods.evs import EVS
+from vlprune.methods.exit import VisualExit
 from vlprune.methods.fastervlm import FasterVLM
 from vlprune.methods.fastv import FastV
 from vlprune.methods.feather import FEATHER
@@ -55,18 +56,15 @@ from vlprune.methods.vscan import VScan
 from vlprune.methods.vtc_cls import VTCCLS
 from vlprune.methods.vtm import VTM
 from vlprune.methods.zero_tprune import ZeroTPrune
+from vlprune.methods.zipvl import ZipVL
 
 __all__ = [
-    "VCAST",
-    "VidCom2",
-    "EVS",
-    "VScan",
-    "VFlowOpt",
     "A2SF",
     "ALGM",
     "ATS",
     "DART",
     "EMS",
+    "EVS",
     "FEATHER",
     "H2O",
     "MCTF",
@@ -74,6 +72,7 @@ __all__ = [
     "TNT",
     "TOVA",
     "VATP",
+    "VCAST",
     "VTCCLS",
     "VTM",
     "ApET",
@@ -109,11 +108,16 @@ __all__ = [
     "ToMe",
     "TransPrune",
     "Uniform",
+    "VFlowOpt",
     "VLCache",
+    "VScan",
+    "VidCom2",
     "VidTLDR",
     "VisPruner",
     "VisionZip",
+    "VisualExit",
     "ZeroTPrune",
+    "ZipVL",
     "chain",
     "without_sinks",
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from vlprune import budget as budgets
 from vlprune.errors import OptionError
 from vlprune.image import ImageLayout, LayerTokens, ModelShape, top
@@ -65,5 +67,12 @@ class FastV(Method):
             raise budgets.unreachable(self.name, self.budget, total, (self.layer * total + layers - self.layer) / layers)
         return min(after, total)
 
+    def starts(self, depth: int) -> list[int]:
+        """The layers before which tokens leave."""
+        return [self.layer]
+
+    def score(self, tokens: LayerTokens) -> Tensor:
+        return tokens[LAST][0, 0]
+
     def prefill(self, tokens: LayerTokens) -> Selection:
-        return Selection(top(tokens[LAST][0, 0], tokens.count).sort().values)
+        return Selection(top(self.score(tokens), tokens.count).sort().values)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from vlprune.image import LayerTokens
 from vlprune.method import Selection, register
 from vlprune.methods.staged import StagedMethod, best
@@ -35,5 +37,8 @@ class PyramidDrop(StagedMethod):
 
     budget: int | float = 0.46875
 
+    def score(self, tokens: LayerTokens) -> Tensor:
+        return tokens[LAST][0, 0]
+
     def prefill(self, tokens: LayerTokens) -> Selection:
-        return best(tokens, tokens[LAST][0, 0])
+        return best(tokens, self.score(tokens))

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
+from torch import Tensor
 
 from vlprune import budget as budgets
 from vlprune.errors import OptionError
 from vlprune.image import ImageLayout, LayerTokens, ModelShape, top
 from vlprune.method import Method, Plan, Selection
+from vlprune.signals import QueryAttention
+
+TEXT = QueryAttention(queries="text", mean_heads=True)
 
 
 def scaled(layers: Sequence[int], of: int, depth: int) -> list[int]:
@@ -91,6 +94,12 @@ class StagedMethod(Method):
         return [-math.log2(ratio) for ratio in ratios]
 
 
-def best(tokens: LayerTokens, scores: torch.Tensor) -> Selection:
+def best(tokens: LayerTokens, scores: Tensor) -> Selection:
     """Keeps the visual tokens with the highest ``scores (N,)``."""
     return Selection(top(scores, tokens.count).sort().values)
+
+
+def attention_of_text(tokens: LayerTokens) -> Tensor:
+    """What text behind the image pays each of its tokens ``(N,)`` in the layer before, on average; needs ``TEXT``."""
+    behind = (tokens.text > tokens.visual[-1]).float()
+    return behind @ tokens[TEXT][0] / behind.sum().clamp(min=1)

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from vlprune.image import LayerTokens, ModelShape
 from vlprune.method import Selection, register
-from vlprune.methods.staged import StagedMethod, best
-from vlprune.signals import QueryAttention, Signal, Transition
+from vlprune.methods.staged import TEXT, StagedMethod, attention_of_text, best
+from vlprune.signals import Signal, Transition
 
-TEXT = QueryAttention(queries="text", mean_heads=True)
 MODULES = ("attention", "mlp")
 
 
@@ -42,9 +41,12 @@ class TransPrune(StagedMethod):
         starts = self.starts(shape.text_layers)
         return (TEXT, *(Transition(i, module=m) for i in range(starts[0] - 1, starts[-1]) for m in MODULES))
 
-    def prefill(self, tokens: LayerTokens) -> Selection:
+    def score(self, tokens: LayerTokens) -> Tensor:
         change, wanted = self._changes(tokens)[tokens.positions], attention_of_text(tokens)
-        return best(tokens, change / (change.sum() + 1e-8) + wanted / (wanted.sum() + 1e-8))
+        return change / (change.sum() + 1e-8) + wanted / (wanted.sum() + 1e-8)
+
+    def prefill(self, tokens: LayerTokens) -> Selection:
+        return best(tokens, self.score(tokens))
 
     def _changes(self, tokens: LayerTokens) -> Tensor:
         """How much the modules have changed the image's tokens so far ``(total,)``.
@@ -65,9 +67,3 @@ class TransPrune(StagedMethod):
 
 def _note(layer: int) -> str:
     return f"transprune_{layer}"
-
-
-def attention_of_text(tokens: LayerTokens) -> Tensor:
-    """What text behind the image pays each of its tokens ``(N,)`` in the layer before, on average."""
-    behind = (tokens.text > tokens.visual[-1]).float()
-    return behind @ tokens[TEXT][0] / behind.sum().clamp(min=1)
