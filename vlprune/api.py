@@ -109,19 +109,20 @@ def supported_models() -> list[Family]:
 
 
 def _patch(model: Any, method: str | Method | type[Method] | None, options: dict[str, Any]) -> Patch | VitPatch:
+    from vlprune.blocks import BlockMethod
     from vlprune.engine.family import family_of
     from vlprune.engine.patch import Patch
-    from vlprune.engine.vit import VitPatch, architecture_of
+    from vlprune.engine.vit import VitPatch, architecture_of, tower_patch
 
     supported_models()
     architecture = architecture_of(model)
     if method is None:
         name, budget = (DEFAULT_METHOD, DEFAULT_BUDGET) if architecture is None else (VIT_METHOD, VIT_BUDGET)
         method, options = name, {"budget": budget, **options}
-    if architecture is None:
-        family = family_of(model)
-        return Patch(model, family, make(method, **options))
-    return VitPatch(model, architecture, make(method, **options))
+    if architecture is not None:
+        return VitPatch(model, architecture, make(method, **options))
+    family, made = family_of(model), make(method, **options)
+    return tower_patch(model, family, made) if isinstance(made, BlockMethod) else Patch(model, family, made)
 
 
 def _unwrapped(model: Any) -> Any:

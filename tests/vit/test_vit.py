@@ -123,8 +123,8 @@ def test_methods_and_models_that_do_not_fit_are_refused_by_name():
     found = traces(model)
     with pytest.raises(vlprune.UnsupportedMethodError, match=r"ViTModel.*tome"):
         vlprune.apply(model, "hired")
-    with pytest.raises(vlprune.UnsupportedMethodError, match="tome acts in the stage reduce"):
-        vlprune.apply(zoo.build("llava"), "tome")
+    with pytest.raises(vlprune.UnsupportedModelError, match=r"tome.*Qwen2-VL.*known are.*DINOv2"):
+        vlprune.apply(zoo.build("qwen2_vl"), "tome")
     with pytest.raises(vlprune.UnsupportedModelError, match=r"Linear.*LLaVA.*on their own: .*DINOv2"):
         vlprune.apply(nn.Linear(1, 1), "tome")
     assert traces(model) == found

@@ -42,6 +42,14 @@ DINO_4 = Layout(
     "head_mask",
 )
 
+INTERNVL = Layout(
+    "layernorm_before",
+    "attention",
+    "attention.k_norm",
+    ("lambda_1",),
+    ("layernorm_after", "mlp", "dropout", "lambda_2"),
+)
+
 TOWER = ("vision_model.encoder.layers", "encoder.layers")
 REGISTERS = "dinov2_with_registers"
 
@@ -84,6 +92,7 @@ for name, model_types, blocks, layouts, of in (
     ("MetaCLIP 2", ("metaclip_2", "metaclip_2_vision_model"), TOWER, (CLIP,), shape),
     ("SigLIP", ("siglip", "siglip_vision_model"), TOWER, (CLIP,), without_cls),
     ("SigLIP 2", ("siglip2", "siglip2_vision_model"), TOWER, (CLIP,), padded),
+    ("InternVL's encoder", ("internvl_vision",), ("encoder.layer",), (INTERNVL,), shape),
     ("DINOv2", ("dinov2",), _inside("dinov2", "encoder.layer"), DINOS, shape),
     ("DINOv2 with registers", (REGISTERS,), _inside(REGISTERS, "encoder.layer"), DINOS, with_registers),
     ("DINOv3", ("dinov3_vit",), _inside("dinov3_vit", "model.layer", "layer"), (DINO_ROTARY,), with_registers),

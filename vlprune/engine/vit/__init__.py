@@ -2,7 +2,7 @@
 
 from vlprune.engine.vit.architecture import Architecture, VitShape, architecture_of, register, register_wrapper
 from vlprune.engine.vit.layout import Layout, Rotary
-from vlprune.engine.vit.patch import VitPatch
+from vlprune.engine.vit.patch import VitPatch, tower_patch
 
 __all__ = [
     "Architecture",
@@ -13,4 +13,5 @@ __all__ = [
     "architecture_of",
     "register",
     "register_wrapper",
+    "tower_patch",
 ]

@@ -96,8 +96,8 @@ def forward(block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         out = original(type(block)).forward(block, x, *args, **kwargs)
         run.forget(index)
         return out
-    rows = _reduced(block, state, run.shortened(rows, index) if run.dense else rows, named)
-    if run.dense or index + 1 == run.blocks:
+    rows = _reduced(block, state, run.shortened(rows, index) if run.whole(index) else rows, named)
+    if run.whole(index + 1):
         rows = run.restore(rows, index + 1)
     rows = rows.transpose(0, 1) if state.sequence_first else rows
     return (rows,) if state.as_tuple else rows
@@ -164,6 +164,8 @@ def merging(cls: type) -> type:
     def reduce_ex(self: Any, protocol: Any) -> Any:
         return _remade, (cls,), self.__dict__
 
+    # Pickle looks up methods by this name, and transformers 4 leaves bound ones in blocks.
+    merging_forward.__name__ = "forward"
     body = {"forward": merging_forward, "__reduce_ex__": reduce_ex, "__module__": cls.__module__, ORIGINAL: cls}
     return type(cls.__name__, (cls,), body)
 

@@ -7,9 +7,10 @@ from typing import Any
 from torch import nn
 
 from vlprune.blocks import BlockMethod
+from vlprune.engine.family import Family
 from vlprune.engine.patch import ATTRIBUTE, forget_compiled, patch_of, uninstall
 from vlprune.engine.vit import check
-from vlprune.engine.vit.architecture import Architecture, tower_of
+from vlprune.engine.vit.architecture import Architecture, architecture_of, architectures, tower_of
 from vlprune.engine.vit.blocks import STATE, BlockState, Tap, install, shadowed
 from vlprune.engine.vit.blocks import uninstall as uninstall_block
 from vlprune.engine.vit.layout import Layout
@@ -117,3 +118,23 @@ class VitPatch:
         look_away(self.architecture, self.tower)
         self.model.__dict__.pop(ATTRIBUTE, None)
         forget_compiled(self.model)
+
+
+def tower_patch(model: nn.Module, family: Family, method: Method) -> VitPatch:
+    """``method`` in the vision encoder of a vision-language model; the language model gets as many features as ever.
+
+    Raises :class:`UnsupportedModelError` for an encoder that is no known vision transformer.
+    """
+    tower = family.parts(model).vision
+    architecture = architecture_of(tower)
+    if architecture is None:
+        known = ", ".join(known.name for known in architectures())
+        raise UnsupportedModelError(
+            f"{method.name} merges rows inside the vision encoder, and that of {family.name} ({type(tower).__name__}) is no "
+            f"architecture that it knows; known are {known}"
+        )
+    patch = VitPatch(model, architecture, method, tower)
+    feature, blocks = getattr(model.config, "vision_feature_layer", None), len(patch.blocks)
+    features = feature if isinstance(feature, (list, tuple)) else [-1 if feature is None else feature]
+    patch.run.shown = frozenset(number if number >= 0 else blocks + 1 + number for number in features)
+    return patch

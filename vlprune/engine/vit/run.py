@@ -22,7 +22,8 @@ class Run:
     they are at most. ``sizes (B, N)`` float32 and ``maps (B, N of the image)`` int64: how many rows of the image each row
     stands for, and which row stands for each, -1 for none; None as long as nothing was merged. The sizes of padding are 0.
 
-    ``dense``: whether somebody looks at what is between the blocks, which then hand out all rows of the image.
+    ``dense``: whether somebody looks at what is between the blocks, which then hand out all rows of the image; ``shown``: at
+    these entries alone, None for all.
     """
 
     def __init__(self, method: BlockMethod, prefix: int, blocks: int):
@@ -31,6 +32,7 @@ class Run:
         self.planned: list[int] = []
         self.batch = 0
         self.dense = False
+        self.shown: frozenset[int] | None = None
         self.padded = False
         self.sizes: list[Tensor | None] = [None] * (blocks + 1)
         self.maps: list[Tensor | None] = [None] * (blocks + 1)
@@ -51,6 +53,10 @@ class Run:
         """Whether the block has nothing to do with merged rows."""
         acts = self.method.softens or self.method.acts(block, self.blocks)
         return self.maps[block] is None and self.rows[block] == self.rows[block + 1] and not acts
+
+    def whole(self, entry: int) -> bool:
+        """Whether all rows of the image are there at an entry, merged ones as copies."""
+        return entry == self.blocks or (self.dense and (self.shown is None or entry in self.shown))
 
     def hand_on(self, block: int) -> None:
         self.sizes[block + 1], self.maps[block + 1] = self.sizes[block], self.maps[block]
