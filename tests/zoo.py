@@ -260,8 +260,8 @@ FAMILIES: dict[str, Entry] = {
 }
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "zipvl": [{"mass": 0.3, "options": {"layer": 2}}],
     "todre": [{}, {"exit_threshold": 0.3}],
-    "zipvl": [{"mass": 0.3, "options": {"layer": 1}}],
     "sparsevlm": [{"recycle": 0.0}],
     "h2o": [{"recent": 0.5}],
     "look-m": [{"merging": "none"}],
