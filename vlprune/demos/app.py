@@ -55,7 +55,8 @@ def launch(blocks: gr.Blocks, host: str, port: int | None, **options: Any) -> An
         server_name=host,
         server_port=port,
         theme=theme,
-        css_paths=STYLE,
+        # In the head as it is: given as css, its selectors would be put below the page's container, media queries aside.
+        head=f"<style>{STYLE.read_text(encoding='utf-8')}</style>",
         max_file_size=requests.UPLOAD,
         allowed_paths=[],
         enable_monitoring=False,
@@ -91,7 +92,7 @@ def _compare_tab(answerer: Answerer, names: list[str], samples: list[tuple[str, 
     second = "divprune" if "divprune" in names else names[0]
     with gr.Row():
         with gr.Column(scale=4, min_width=300):
-            image, question = _asking(samples, 250)
+            image, question = _asking(samples, 250, "question")
             ask = gr.Button("Ask", variant="primary", elem_id="ask")
         with gr.Column(scale=6, min_width=300):
             with gr.Row():
@@ -163,7 +164,7 @@ def _budget(letter: str) -> gr.Slider:
     return gr.Slider(5, 100, value=30, step=1, label="budget, %", min_width=120, elem_id=f"budget-{letter}")
 
 
-def _asking(samples: list[tuple[str, str]], height: int) -> tuple[gr.Image, gr.Textbox]:
+def _asking(samples: list[tuple[str, str]], height: int, name: str) -> tuple[gr.Image, gr.Textbox]:
     """An image and a question about it, and examples of both."""
     image = gr.Image(samples[0][0], label="image", type="filepath", sources=["upload", "clipboard"], height=height)
     # The path of the file, of which gradio has made sure that it was uploaded: it is opened with messages of our own.
@@ -175,7 +176,7 @@ def _asking(samples: list[tuple[str, str]], height: int) -> tuple[gr.Image, gr.T
         layout="gallery",
         label="examples",
     )
-    question = gr.Textbox(samples[0][1], label="question", max_lines=3, max_length=2000)
+    question = gr.Textbox(samples[0][1], label="question", max_lines=3, max_length=2000, elem_id=name)
     shown.click(lambda n: samples[n], shown, [image, question], show_progress="hidden", api_visibility="private")
     return image, question
 
@@ -199,7 +200,7 @@ def _hand_tab(answerer: Answerer, names: list[str], samples: list[tuple[str, str
     )
     with gr.Row():
         with gr.Column(scale=3, min_width=300):
-            source, question = _asking(samples, 200)
+            source, question = _asking(samples, 200, "hand-question")
             with gr.Row():
                 everything, nothing = gr.Button("Keep all", size="sm"), gr.Button("Drop all", size="sm")
             with gr.Row():
