@@ -59,7 +59,7 @@ def test_whatever_the_rows_the_choice_is_complete():
     assert EViT(fuse=False).reduce(equal)[0].tolist() == [0, 1, 2, 3, 4, 5, 6, -1, -1, -1, -1], "earlier rows win"
 
 
-@pytest.mark.parametrize("base", [base for base in BASES if base != "siglip"])
+@pytest.mark.parametrize("base", [*(base for base in BASES if base != "siglip"), "dinov3"])
 def test_attention_read_beside_the_kernel_is_that_of_the_model(base):
     """Queries and keys are those that the model's own attention uses: its eager map has the same row of [CLS]."""
     model, seen = build(base, attention="eager"), []
