@@ -66,10 +66,11 @@ def cached(method: vlprune.Method, content: str, side: int = 4, seed: int = 0) -
 # ------------------------------------------------------------------ definitions, in loops and float64
 
 
-def of_heads(tokens: CacheTokens, signal: Any) -> Rows:
-    """The mean over the query heads that share a head of keys."""
+def of_heads(tokens: CacheTokens, signal: Any, kernel: int) -> Rows:
+    """The mean over the query heads that share a head of keys, and over neighbours."""
     rows = tokens[signal].double().tolist()
-    return [[sum(c) / GROUP for c in zip(*rows[h : h + GROUP], strict=True)] for h in range(0, HEADS, GROUP)]
+    heads = [[sum(c) / GROUP for c in zip(*rows[h : h + GROUP], strict=True)] for h in range(0, HEADS, GROUP)]
+    return pooled(heads, kernel)
 
 
 def pooled(rows: Rows, width: int) -> Rows:
@@ -90,13 +91,13 @@ def times(a: Rows, b: Rows) -> Rows:
 
 
 def plain(method: Any, tokens: CacheTokens) -> list[list[int]]:
-    scores = of_heads(tokens, method.votes(LAYER))
+    scores = of_heads(tokens, method.votes(LAYER), method.kernel)
     return [best(row, tokens.count) for row in scores]
 
 
 def h2o(method: vlprune.H2O, tokens: CacheTokens) -> list[list[int]]:
     n, recent = tokens.keys.shape[1], round(method.recent * tokens.count)
-    scores = of_heads(tokens, AttentionColumns(LAYER))
+    scores = of_heads(tokens, AttentionColumns(LAYER), method.kernel)
     return [best(row, tokens.count, frozenset(range(n - recent, n))) for row in scores]
 
 
@@ -106,17 +107,19 @@ def tova(method: vlprune.TOVA, tokens: CacheTokens) -> list[int]:
 
 
 def vatp(method: vlprune.VATP, tokens: CacheTokens) -> list[list[int]]:
-    scores = times(of_heads(tokens, AttentionColumns(LAYER, queries=method.window or "all")), lengths(tokens.values))
+    scores = times(
+        of_heads(tokens, AttentionColumns(LAYER, queries=method.window or "all"), method.kernel), lengths(tokens.values)
+    )
     return [best(row, tokens.count) for row in scores]
 
 
 def snapkv(method: vlprune.SnapKV, tokens: CacheTokens) -> list[list[int]]:
-    return [best(row, tokens.count) for row in pooled(of_heads(tokens, method.votes(LAYER)), method.kernel)]
+    return [best(row, tokens.count) for row in of_heads(tokens, method.votes(LAYER), method.kernel)]
 
 
 def criticalkv(method: vlprune.CriticalKV, tokens: CacheTokens) -> list[list[int]]:
     assert tokens.output is not None
-    attention, found = pooled(of_heads(tokens, method.votes(LAYER)), method.kernel), []
+    attention, found = of_heads(tokens, method.votes(LAYER), method.kernel), []
     for head, row in enumerate(attention):
         norms = [0.0] * len(row)
         for h in range(head * GROUP, (head + 1) * GROUP):
@@ -131,7 +134,10 @@ def criticalkv(method: vlprune.CriticalKV, tokens: CacheTokens) -> list[list[int
 
 
 def ems(method: vlprune.EMS, tokens: CacheTokens) -> list[list[int]]:
-    whole, end = of_heads(tokens, AttentionColumns(LAYER)), of_heads(tokens, AttentionColumns(LAYER, queries=method.window))
+    whole, end = (
+        of_heads(tokens, AttentionColumns(LAYER), method.kernel),
+        of_heads(tokens, AttentionColumns(LAYER, queries=method.window), method.kernel),
+    )
     found = []
     for a, b in zip(whole, end, strict=True):
         scale = sum(b) / sum(a) if sum(a) else 0.0
@@ -142,6 +148,7 @@ def ems(method: vlprune.EMS, tokens: CacheTokens) -> list[list[int]]:
 DEFINITIONS: list[tuple[Any, Any]] = [
     (vlprune.H2O(budget=0.4), h2o),
     (vlprune.H2O(budget=7, recent=0.5), h2o),
+    (vlprune.H2O(budget=7, kernel=5), h2o),
     (vlprune.A2SF(budget=0.4, forgetting=0.5), plain),
     (vlprune.Keyformer(budget=0.4), plain),
     (vlprune.LookM(budget=0.4), plain),
@@ -153,6 +160,7 @@ DEFINITIONS: list[tuple[Any, Any]] = [
     (vlprune.CriticalKV(budget=0.4, kernel=3), criticalkv),
     (vlprune.CriticalKV(budget=0.4, kernel=1, safeguard=0.0), criticalkv),
     (vlprune.EMS(budget=0.4), ems),
+    (vlprune.EMS(budget=0.4, kernel=3), ems),
 ]
 
 

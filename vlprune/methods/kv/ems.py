@@ -12,7 +12,7 @@ from vlprune.errors import OptionError
 from vlprune.image import CacheTokens, ModelShape
 from vlprune.method import Merge, register
 from vlprune.methods.kv.merging import average, nearest
-from vlprune.methods.kv.policy import CachePolicy, by_head
+from vlprune.methods.kv.policy import CachePolicy, positive
 from vlprune.signals import AttentionColumns, Signal
 
 
@@ -39,8 +39,7 @@ class EMS(CachePolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.window < 1:
-            raise OptionError(f"window={self.window!r}: allowed is a number of text tokens from 1 on")
+        positive("window", self.window, "number of text tokens")
         if self.likeness is not None and not -1.0 <= self.likeness <= 1.0:
             raise OptionError(f"likeness={self.likeness!r}: allowed is a cosine from -1 to 1, or None")
 
@@ -48,7 +47,7 @@ class EMS(CachePolicy):
         return (*super().wants(shape), *(self._end(layer) for layer in range(shape.text_layers)))
 
     def score(self, tokens: CacheTokens) -> Tensor:
-        whole, end = super().score(tokens), by_head(tokens[self._end(tokens.layer)], tokens)
+        whole, end = super().score(tokens), self.received(tokens, self._end(tokens.layer))
         scale = end.sum(-1, keepdim=True) / whole.sum(-1, keepdim=True).clamp(min=torch.finfo(whole.dtype).tiny)
         return torch.maximum(end, whole * scale)
 

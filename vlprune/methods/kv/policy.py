@@ -24,12 +24,20 @@ class CachePolicy(Method):
     modifier, smoothed over neighbours, averaged over the query heads that share a head of keys and values. Subclasses say
     which queries and weights, and may replace any other part. Text is never evicted: where papers force the first or
     the latest tokens to stay, those are text here.
+
+    ``kernel``: odd width of the average pooling of attention over neighbours in the image's run; 1 for none.
     """
 
     one_set: ClassVar[bool] = False
     """Whether all heads of a layer keep the same tokens, by the mean of their scores."""
 
     budget: int | float = 0.2
+    kernel: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise OptionError(f"kernel={self.kernel!r}: allowed is an odd number from 1 on")
 
     def votes(self, layer: int) -> AttentionColumns:
         """Which queries count, and how much."""
@@ -41,7 +49,11 @@ class CachePolicy(Method):
 
     def score(self, tokens: CacheTokens) -> Tensor:
         """Scores ``(kv_heads, N)``; higher is better."""
-        return by_head(tokens[self.votes(tokens.layer)], tokens)
+        return self.received(tokens, self.votes(tokens.layer))
+
+    def received(self, tokens: CacheTokens, votes: AttentionColumns) -> Tensor:
+        """The attention that ``votes`` names, smoothed, for each head of keys: ``(kv_heads, N)``."""
+        return smoothed(by_head(tokens[votes], tokens), self.kernel)
 
     def first(self, tokens: CacheTokens, scores: Tensor) -> Tensor | None:
         """Entries ``(kv_heads or 1, N)`` bool that stay before any other, by their score if they are too many."""
@@ -81,8 +93,8 @@ class RunningPolicy(CachePolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.again is not None and (not isinstance(self.again, int) or self.again < 1):
-            raise OptionError(f"again={self.again!r}: allowed is a number of new tokens from 1 on, or None")
+        if self.again is not None:
+            positive("again", self.again, "number of new tokens")
 
     @property
     def every(self) -> int | None:
@@ -110,7 +122,7 @@ def by_head(values: Tensor, tokens: CacheTokens) -> Tensor:
 
 def smoothed(scores: Tensor, width: int) -> Tensor:
     """The mean over ``width`` neighbours in the image's run; beyond its ends there are zeros."""
-    return F.avg_pool1d(scores[None], width, stride=1, padding=width // 2)[0]
+    return scores if width == 1 else F.avg_pool1d(scores[None], width, stride=1, padding=width // 2)[0]
 
 
 def best(scores: Tensor, count: int, first: Tensor | None = None) -> Tensor:
@@ -131,10 +143,10 @@ def latest(count: int, tokens: CacheTokens) -> Tensor:
     return (torch.arange(entries, device=tokens.keys.device) >= entries - count)[None]
 
 
-def odd(name: str, value: int) -> None:
-    """Raises :class:`OptionError` unless ``value`` can be the width of a pooling window."""
-    if value < 1 or value % 2 == 0:
-        raise OptionError(f"{name}={value!r}: allowed is an odd number from 1 on")
+def positive(name: str, value: int, what: str) -> None:
+    """Raises :class:`OptionError` unless ``value`` is at least 1."""
+    if value < 1:
+        raise OptionError(f"{name}={value!r}: allowed is a {what} from 1 on")
 
 
 def share(name: str, value: float) -> None:

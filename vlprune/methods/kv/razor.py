@@ -10,15 +10,13 @@ import torch
 
 from vlprune import budget as budgets
 from vlprune.errors import OptionError
-from vlprune.image import CacheTokens, ModelShape
-from vlprune.method import Merge, Selection, register
-from vlprune.methods.kv.policy import CachePolicy
-from vlprune.signals import Signal
+from vlprune.image import CacheTokens, ImageLayout, ModelShape
+from vlprune.method import Merge, Method, Plan, Selection, register
 
 
 @register("razorattention")
 @dataclass(kw_only=True)
-class RazorAttention(CachePolicy):
+class RazorAttention(Method):
     """RazorAttention, by layers: those with retrieval heads keep all visual tokens, the others an image's last ones.
 
     Which heads retrieve is found out once for a model, by :func:`vlprune.retrieval.retrieval_layers`. In the other layers one
@@ -35,6 +33,7 @@ class RazorAttention(CachePolicy):
 
     paper: ClassVar[str] = "Tang et al., RazorAttention, ICLR 2025, arXiv:2407.15891"
 
+    budget: int | float = 0.2
     retrieval: Sequence[int] = ()
     compensation: bool = True
 
@@ -44,10 +43,11 @@ class RazorAttention(CachePolicy):
         if list(self.retrieval) != sorted({layer for layer in self.retrieval if layer >= 0}):
             raise OptionError(f"retrieval={self.retrieval!r}: allowed are layers of the LLM from 0 on, in ascending order")
 
-    def wants(self, shape: ModelShape) -> tuple[Signal, ...]:
-        return ()
+    def plan(self, layout: ImageLayout, shape: ModelShape) -> Plan:
+        counts = self._counts(layout.total, shape.text_layers)
+        return Plan(layout.total, cached={layer: count for layer, count in enumerate(counts) if count < layout.total})
 
-    def counts(self, total: int, layers: int) -> Sequence[int]:
+    def _counts(self, total: int, layers: int) -> Sequence[int]:
         if self.retrieval and self.retrieval[-1] >= layers:
             raise OptionError(f"retrieval={self.retrieval!r}: this model's LLM has layers 0 to {layers - 1}")
         mean, whole = self.count(total), len(self.retrieval)

@@ -5,12 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from vlprune.errors import OptionError
-from vlprune.image import CacheTokens
 from vlprune.method import register
-from vlprune.methods.kv.policy import CachePolicy, odd, smoothed
+from vlprune.methods.kv.policy import CachePolicy, positive
 from vlprune.signals import AttentionColumns
 
 
@@ -38,12 +34,7 @@ class SnapKV(CachePolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.window < 1:
-            raise OptionError(f"window={self.window!r}: allowed is a number of text tokens from 1 on")
-        odd("kernel", self.kernel)
+        positive("window", self.window, "number of text tokens")
 
     def votes(self, layer: int) -> AttentionColumns:
         return AttentionColumns(layer, queries=self.window)
-
-    def score(self, tokens: CacheTokens) -> Tensor:
-        return smoothed(super().score(tokens), self.kernel)

@@ -7,10 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vlprune.errors import OptionError
 from vlprune.image import CacheTokens
 from vlprune.method import register
-from vlprune.methods.kv.policy import CachePolicy
+from vlprune.methods.kv.policy import CachePolicy, positive
 from vlprune.signals import AttentionColumns
 
 
@@ -32,8 +31,8 @@ class VATP(CachePolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.window is not None and self.window < 1:
-            raise OptionError(f"window={self.window!r}: allowed is a number of text tokens from 1 on, or None for all tokens")
+        if self.window is not None:
+            positive("window", self.window, "number of text tokens")
 
     def votes(self, layer: int) -> AttentionColumns:
         return AttentionColumns(layer, queries=self.window or "all")
