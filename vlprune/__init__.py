@@ -59,6 +59,7 @@ from vlprune.methods import (
     PyramidDrop,
     PyramidKV,
     Random,
+    RandomPatches,
     RazorAttention,
     Resize,
     SnapKV,
@@ -69,6 +70,7 @@ from vlprune.methods import (
     ToMe,
     TransPrune,
     Uniform,
+    UniformPatches,
     VFlowOpt,
     VidCom2,
     VidTLDR,
@@ -103,6 +105,8 @@ from vlprune.signals import (
 methods = _methods  # after the package vlprune.methods is imported, whose name the function takes here
 __version__ = "0.1.0"
 __all__ = [
+    "UniformPatches",
+    "RandomPatches",
     "A2SF",
     "ALGM",
     "ATS",

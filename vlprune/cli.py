@@ -15,6 +15,7 @@ COMMANDS = {
     "demo": ("vlprune.demos.commands:demo", "Shows in a browser what methods keep of an image, and what that saves."),
     "explain": ("vlprune.demos.commands:explain", "Answers with and without a method, and pictures what it keeps."),
     "eval": ("vlprune.evals.commands:evaluate", "Measures accuracy, time and memory of methods at budgets."),
+    "eval-vit": ("vlprune.evals.tinyvit.command:evaluate", "Measures methods for vision transformers with TinyViT."),
     "report": ("vlprune.evals.commands:report", "Makes tables and pictures from the rows of runs."),
     "recipe": ("vlprune.evals.recipes.commands:recipe", "Tells what to run for a main table of the field."),
     "calibrate": ("vlprune.calibrate.command:calibrate", "Finds a method's settings for a model on your own pictures."),

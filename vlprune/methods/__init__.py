@@ -35,6 +35,7 @@ from vlprune.methods.kv.vatp import VATP
 from vlprune.methods.kv.vlcache import VLCache
 from vlprune.methods.mctf import MCTF
 from vlprune.methods.mustdrop import MustDrop
+from vlprune.methods.patch_baselines import RandomPatches, UniformPatches
 from vlprune.methods.pitome import PiToMe
 from vlprune.methods.prumerge import PruMerge, PruMergePlus
 from vlprune.methods.pyramiddrop import PyramidDrop
@@ -59,6 +60,8 @@ from vlprune.methods.zero_tprune import ZeroTPrune
 from vlprune.methods.zipvl import ZipVL
 
 __all__ = [
+    "UniformPatches",
+    "RandomPatches",
     "A2SF",
     "ALGM",
     "ATS",
