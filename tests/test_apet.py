@@ -77,21 +77,6 @@ def test_a_token_of_its_own_kind_is_kept():
     assert 21 in method.select(img).keep
 
 
-def test_rows_that_the_encoder_left_behind_take_no_part():
-    method = vlprune.ApET(budget=7, basis=3)
-    img = image(method, LAYOUTS["one tile"]())
-    alive = torch.arange(1, 36, 2)
-    selection = method.select(replace(img, alive=alive))
-    keep, means = by_hand(img.features[alive].double().tolist(), 7, 3, method._first(18))
-    assert selection.keep.tolist() == alive[keep].tolist()
-    found = merged(img.features, selection)
-    for place, mean in means.items():
-        torch.testing.assert_close(found[alive[place]], torch.tensor(mean), atol=1e-5, rtol=1e-5)
-    few = vlprune.ApET(budget=2).select(replace(img, alive=alive, count=2))
-    assert few.merge is None
-    assert set(few.keep.tolist()) <= set(alive.tolist())
-
-
 def test_what_is_no_number_still_gives_a_full_choice():
     method = vlprune.ApET(budget=9, basis=4)
     img = image(method, LAYOUTS["one tile"]())

@@ -277,7 +277,7 @@ class EncoderHooks:
         keep, features, steps = image.alive, image.features, []
         if "select" in self.method.stages:
             clock = Clock(image.device)
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
                 selection = self.method.select(image)
             keep, features = selection.keep, merged(image.features, selection)
             before = image.layout.total if image.alive is None else image.alive.shape[0]

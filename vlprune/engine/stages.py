@@ -77,7 +77,7 @@ def prefill(now: Pass, layer: int, hidden: Tensor) -> list[Callable[[Tensor], Te
     for image in images:
         clock = Clock(hidden.device)
         tokens = _layer_tokens(now, sequence, layer, hidden, image)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             selection = method.prefill(tokens)
         _check(method, selection, tokens.count, image.count, f"before LLM layer {layer}")
         if selection.merge is not None:

@@ -44,16 +44,14 @@ class ApET(Method):
             raise OptionError(f"basis={self.basis!r}: allowed is an int >= 1")
 
     def select(self, image: ImageTokens) -> Selection:
-        rows = image.features.float() if image.alive is None else image.features[image.alive].float()
-        rows, total, count = rows.nan_to_num(), rows.shape[0], image.count
-        basis = _far_apart(rows, min(self.basis, count), self._first(total))
+        rows, count = image.features.float().nan_to_num(), image.count
+        basis = _far_apart(rows, min(self.basis, count), self._first(rows.shape[0]))
         kept = basis
         if count > basis.shape[0]:
             errors = _errors(rows, basis).index_fill(0, basis, -torch.inf)
             kept = torch.cat([basis, top(errors, count - basis.shape[0])])
         keep = kept.sort().values
-        merge = self._merge(rows, keep, kept[basis.shape[0] :])
-        return Selection(keep, merge) if image.alive is None else _among(image, keep, merge)
+        return Selection(keep, self._merge(rows, keep, kept[basis.shape[0] :]))
 
     def _first(self, total: int) -> int:
         return int(torch.randint(total, (1,), generator=torch.Generator().manual_seed(self.seed)))
@@ -88,20 +86,10 @@ def _far_apart(rows: Tensor, count: int, first: int) -> Tensor:
 def _errors(rows: Tensor, basis: Tensor) -> Tensor:
     """Length ``(N,)`` of what the basis leaves of each of ``rows (N, D)``, in units of 1e-5 of the longest row."""
     spanning = rows[basis]
-    with torch.autocast(rows.device.type, enabled=False):
-        exact = spanning.double()
-        ridge = 1e-5 * torch.eye(basis.shape[0], dtype=exact.dtype, device=rows.device)
-        # The checked solve() would wait for the device to tell whether the matrix is regular, which the ridge sees to.
-        inverse, _ = torch.linalg.inv_ex(exact @ exact.T + ridge)
-        parts = ((rows @ spanning.T).double() @ inverse).to(rows.dtype)
-        left = (rows - parts @ spanning).norm(dim=1)
+    exact = spanning.double()
+    ridge = 1e-5 * torch.eye(basis.shape[0], dtype=exact.dtype, device=rows.device)
+    # The checked solve() would wait for the device to tell whether the matrix is regular, which the ridge sees to.
+    inverse, _ = torch.linalg.inv_ex(exact @ exact.T + ridge)
+    parts = ((rows @ spanning.T).double() @ inverse).to(rows.dtype)
+    left = (rows - parts @ spanning).norm(dim=1)
     return (left / rows.norm(dim=1).amax().clamp(min=1e-30)).mul(1e5).round()
-
-
-def _among(image: ImageTokens, keep: Tensor, merge: Merge | None) -> Selection:
-    """The choice among the rows that the encoder has left, as one among all rows."""
-    assert image.alive is not None
-    if merge is None:
-        return Selection(image.alive[keep])
-    joins = torch.full((image.layout.total,), -1, device=image.device)
-    return Selection(image.alive[keep], Merge(joins.index_copy(0, image.alive, merge.target)))

@@ -80,8 +80,7 @@ class CDPruner(Method):
 
 def _chosen(unit: Tensor, relevance: Tensor, count: int, there: Tensor | None = None) -> Tensor:
     """``(tiles, count)`` of vectors ``unit (tiles, N, D)``, of which only those ``there (tiles, N)`` can be chosen."""
-    with torch.autocast(unit.device.type, enabled=False):
-        likeness = unit @ unit.transpose(1, 2)
+    likeness = unit @ unit.transpose(1, 2)
     # A token is exactly like itself, so that where all are equally relevant the first one goes first.
     likeness.diagonal(dim1=1, dim2=2).round_()
     kernel = relevance[:, :, None] * likeness * relevance[:, None]

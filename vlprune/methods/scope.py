@@ -61,8 +61,7 @@ class SCOPE(Method):
 
 def _covering(rows: Tensor, weight: Tensor, count: int) -> Tensor:
     """``(k, count)`` of the unit ``rows (k, N, D)``, in the order chosen. ``weight (k, N)``, -inf for what is not there."""
-    with torch.autocast(rows.device.type, enabled=False):
-        cosine = rows @ rows.transpose(1, 2)
+    cosine = rows @ rows.transpose(1, 2)
     cover = torch.zeros_like(weight)
     chosen = torch.empty(len(rows), count, dtype=torch.long, device=rows.device)
     for number in range(count):
