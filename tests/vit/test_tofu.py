@@ -61,3 +61,23 @@ def test_early_blocks_prune_and_late_ones_merge_and_counts():
     for wrong in ({"ratio": 0.2}, {"early": "drop"}):
         with pytest.raises(OptionError):
             ToFu(**wrong)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_padding_adds_nothing_to_a_group(how):
+    """Rows of size 0 are as if they were not there, whichever side of a pair they are on."""
+    tokens = given.tokens(12, 1, 5)
+    sizes = torch.where(torch.arange(12) >= 8, 0.0, tokens.sizes)
+    hidden = torch.where(torch.arange(12)[:, None] >= 8, 1e3, tokens.hidden)
+    method = ToFu(early=how)
+    padded = given.tokens(12, 1, 5, sizes=sizes, hidden=hidden, weights=None)
+    assigned = method.reduce(padded)
+    merged, _ = method.merge(padded, assigned, padded.count)
+    for image in range(2):
+        for place in set(assigned[image, :8].tolist()):
+            members = [i for i in range(8) if int(assigned[image, i]) == place]
+            members.sort(key=lambda i: i % 2 == 1)
+            if how == "prune" and len(members) > 1 and members[-1] % 2 == 0:
+                continue  # sources whose target is padding: any of them may stand for it
+            expected = naive(hidden[image].double(), members, how)
+            torch.testing.assert_close(merged[image, place].double(), expected, atol=1e-4, rtol=1e-4)

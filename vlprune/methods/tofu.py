@@ -56,23 +56,36 @@ class ToFu(BlockMethod):
     def merge(self, tokens: BlockTokens, assigned: Tensor, count: int) -> tuple[Tensor, Tensor]:
         how = self.early if tokens.block < -(-tokens.blocks // 2) else self.late
         sizes = torch.zeros_like(tokens.sizes[:, :count]).scatter_add(1, assigned, tokens.sizes)
-        return fused(tokens.hidden, assigned, count, tokens.prefix, how), sizes
+        return fused(tokens.hidden, assigned, count, tokens.prefix, how, tokens.sizes > 0), sizes
 
 
-def fused(rows: Tensor, assigned: Tensor, count: int, prefix: int, how: str) -> Tensor:
-    """``(B, count, C)``: what becomes of the groups of ``rows (B, N, C)``; protected rows and single ones stay as they are."""
+def fused(rows: Tensor, assigned: Tensor, count: int, prefix: int, how: str, there: Tensor | None = None) -> Tensor:
+    """``(B, count, C)``: what becomes of the groups of ``rows (B, N, C)``; protected rows and single ones stay as they are.
+
+    ``there (B, N)`` bool: rows that are no padding, all by default; padding adds nothing to a group.
+    """
+    there = torch.ones_like(assigned, dtype=torch.bool) if there is None else there
     if how == "max":
-        empty = torch.full_like(rows[:, :count], -torch.inf)
-        return empty.scatter_reduce(1, assigned[..., None].expand_as(rows), rows, "amax")
+        hidden = rows.masked_fill(~there[..., None], -torch.inf)
+        most = torch.full_like(rows[:, :count], -torch.inf)
+        most = most.scatter_reduce(1, assigned[..., None].expand_as(rows), hidden, "amax")
+        return torch.where(most == -torch.inf, 0.0, most)
     if how == "prune":
-        return merge_rows(rows, assigned, (~leaving(assigned, prefix)).float(), count)[0]
-    means = merge_rows(rows, assigned, None, count)[0]
+        stays = there & ~leaving(assigned, prefix)
+        # Where the target is padding, its sources stand for the group.
+        return merge_rows(rows, assigned, torch.where(_any(stays, assigned, count), stays, there).float(), count)[0]
+    means = merge_rows(rows, assigned, there.float(), count)[0]
     if how == "mean":
         return means
-    length = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32)
+    length = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32) * there
     longest = torch.zeros_like(length[:, :count]).scatter_reduce(1, assigned, length, "amax")
     own = torch.linalg.vector_norm(means, dim=-1, dtype=torch.float32)
     # Where the members cancel out there is no direction: a mean of zeros stays one.
     scale = torch.where(own > 0, longest / own.clamp(min=torch.finfo(own.dtype).tiny), 1.0)
-    alone = torch.zeros_like(own).scatter_add(1, assigned, torch.ones_like(length)) == 1
+    alone = torch.zeros_like(own).scatter_add(1, assigned, there.float()) <= 1
     return torch.where(alone[..., None], means, (means * scale[..., None]).to(means.dtype))
+
+
+def _any(rows: Tensor, assigned: Tensor, count: int) -> Tensor:
+    """``(B, N)`` bool: whether a row's group has one of ``rows (B, N)`` bool."""
+    return torch.zeros_like(assigned[:, :count]).scatter_add(1, assigned, rows.long()).gather(1, assigned) > 0
