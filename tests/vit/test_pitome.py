@@ -73,3 +73,15 @@ def test_blocks_that_protect_and_counts_from_a_ratio():
     for wrong in ({"ratio": 0.4}, {"protect": "some"}, {"margin": math.nan}):
         with pytest.raises(OptionError):
             PiToMe(**wrong)
+
+
+def test_padding_is_no_neighbour_and_leaves_first():
+    """The energies of rows are what they are without the padding behind them, and padding is merged before any of them."""
+    keys = given.tokens(20, 0).keys
+    there = torch.arange(20).expand(2, -1) < 14
+    padded = pitome.energy(keys, 0.5, 1.0, there)
+    torch.testing.assert_close(padded[:, :14], pitome.energy(keys[:, :14], 0.5, 1.0))
+    assert (padded[:, 14:] == torch.inf).all()
+    tokens = given.tokens(20, 0, 3, sizes=there.float())
+    assigned = PiToMe(protect="always").reduce(tokens)
+    assert all(len(set(image[:14])) == 14 for image in assigned.tolist())

@@ -67,8 +67,8 @@ class PiToMe(BlockMethod):
         return {"late": not early, "early": early, "always": True, "never": False}[self.protect]
 
     def reduce(self, tokens: BlockTokens) -> Tensor:
-        metric = tokens.keys[:, tokens.prefix :]
-        energies = energy(metric, self.margin * (1 - tokens.block / tokens.blocks), self.alpha)
+        metric, there = tokens.keys[:, tokens.prefix :], tokens.sizes[:, tokens.prefix :] > 0
+        energies = energy(metric, self.margin * (1 - tokens.block / tokens.blocks), self.alpha, there)
         protects = self.protects(tokens.block, tokens.blocks)
         order = top(energies, 2 * tokens.leaving if protects else metric.shape[1])
         sources, targets = order[:, ::2], order[:, 1::2]
@@ -80,9 +80,14 @@ class PiToMe(BlockMethod):
         return numbered(staying(tokens.keys).scatter(1, sources + tokens.prefix, partners + tokens.prefix))
 
 
-def energy(metric: Tensor, margin: float, alpha: float) -> Tensor:
-    """``(B, N)`` float32: the mean over the rows of ``metric (B, N, d)`` of ``ELU(cosine - margin)``, itself among them."""
+def energy(metric: Tensor, margin: float, alpha: float, there: Tensor | None = None) -> Tensor:
+    """``(B, N)`` float32: the mean over the rows of ``metric (B, N, d)`` of ``ELU(cosine - margin)``, itself among them.
+
+    ``there (B, N)`` bool: rows that are no padding, all by default. Padding is in nobody's mean, and infinitely high itself.
+    """
+    there = torch.ones_like(metric[..., 0], dtype=torch.bool) if there is None else there
+    share = (there / there.sum(1, keepdim=True).clamp(min=1))[:, None]
     rows = functional.normalize(metric.float(), dim=-1)
     step = max(1, AT_ONCE // max(1, rows.shape[0] * rows.shape[1]))
-    parts = [functional.elu(part @ rows.mT - margin, alpha).mean(-1) for part in rows.split(step, 1)]
-    return torch.cat(parts, 1)
+    parts = [(functional.elu(part @ rows.mT - margin, alpha) * share).sum(-1) for part in rows.split(step, 1)]
+    return torch.cat(parts, 1).masked_fill(~there, torch.inf)
