@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -260,6 +261,7 @@ FAMILIES: dict[str, Entry] = {
 }
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "dyvte": [{"router": str(Path(__file__).with_name("router.safetensors"))}],
     "zipvl": [{"mass": 0.3, "options": {"layer": 2}}],
     "todre": [{}, {"exit_threshold": 0.3}],
     "sparsevlm": [{"recycle": 0.0}],

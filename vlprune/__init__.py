@@ -42,6 +42,7 @@ from vlprune.methods import (
     DiffRate,
     DivPrune,
     DynamicViT,
+    DyVTE,
     EViT,
     FasterVLM,
     FastV,
@@ -105,8 +106,6 @@ from vlprune.signals import (
 methods = _methods  # after the package vlprune.methods is imported, whose name the function takes here
 __version__ = "0.1.0"
 __all__ = [
-    "UniformPatches",
-    "RandomPatches",
     "A2SF",
     "ALGM",
     "ATS",
@@ -134,6 +133,7 @@ __all__ = [
     "CriticalKV",
     "DiffRate",
     "DivPrune",
+    "DyVTE",
     "DynamicViT",
     "EViT",
     "FastV",
@@ -169,6 +169,7 @@ __all__ = [
     "PyramidKV",
     "QueryAttention",
     "Random",
+    "RandomPatches",
     "RazorAttention",
     "ReceivedAttention",
     "Report",
@@ -185,6 +186,7 @@ __all__ = [
     "TransPrune",
     "Transition",
     "Uniform",
+    "UniformPatches",
     "UnsupportedMethodError",
     "UnsupportedModelError",
     "VFlowOpt",

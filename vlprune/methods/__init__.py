@@ -10,6 +10,7 @@ from vlprune.methods.dart import DART
 from vlprune.methods.diffrate import DiffRate
 from vlprune.methods.divprune import DivPrune
 from vlprune.methods.dynamicvit import DynamicViT
+from vlprune.methods.dyvte import DyVTE
 from vlprune.methods.evit import EViT
 from vlprune.methods.evs import EVS
 from vlprune.methods.exit import VisualExit
@@ -60,8 +61,6 @@ from vlprune.methods.zero_tprune import ZeroTPrune
 from vlprune.methods.zipvl import ZipVL
 
 __all__ = [
-    "UniformPatches",
-    "RandomPatches",
     "A2SF",
     "ALGM",
     "ATS",
@@ -83,6 +82,7 @@ __all__ = [
     "CriticalKV",
     "DiffRate",
     "DivPrune",
+    "DyVTE",
     "DynamicViT",
     "EViT",
     "FastV",
@@ -101,6 +101,7 @@ __all__ = [
     "PyramidDrop",
     "PyramidKV",
     "Random",
+    "RandomPatches",
     "RazorAttention",
     "Resize",
     "SnapKV",
@@ -111,6 +112,7 @@ __all__ = [
     "ToMe",
     "TransPrune",
     "Uniform",
+    "UniformPatches",
     "VFlowOpt",
     "VLCache",
     "VScan",
