@@ -73,7 +73,9 @@ def small() -> dict[str, Any]:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to work in, and registries that forget what an example registers."""
+    """A folder to work in, with the pictures of docs/ alone, and registries that forget what an example registers."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "images").symlink_to(ROOT / "docs" / "images")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("vlprune.method._methods", dict(vlprune.methods()) | vlprune.methods("vit"))
     vlprune.supported_models()
@@ -137,8 +139,6 @@ def read(block: Block) -> None:
 
 def test_what_help_shows_works_as_typed(place: Path):
     """Each command has an example, and they work one after the other, in a folder with the pictures of docs/ alone."""
-    (place / "docs").mkdir()
-    (place / "docs" / "images").symlink_to(ROOT / "docs" / "images")
     for name, command in shell.every(cli.COMMANDS).items():
         (line,) = re.findall(r"^ *Example: (.*)$", command.help, flags=re.MULTILINE)
         assert line.startswith(f"vlprune {name}"), line
