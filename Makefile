@@ -19,7 +19,7 @@ VIT_TESTS := tests/vit/test_libraries.py
 VERSIONS := 0.9.0_2.24.0 1.0.15_2.30.0 1.0.16_3.0.0
 NO_TRANSFORMERS := $(patsubst %,--ignore=tests/evals/test_%.py,benchmarks compare metrics recipes synthvqa vqa_normalisation) \
 	$(patsubst %,--ignore=tests/test_%.py,apet scope vflowopt vscan) \
-	--ignore=tests/kernels --ignore=tests/test_packaging.py --ignore=tests/test_site.py \
+	--ignore=tests/kernels --ignore=tests/test_packaging.py --ignore=tests/test_demo.py --ignore=tests/test_site.py \
 	--deselect tests/test_examples.py::test_what_help_shows_works_as_typed
 
 .PHONY: help
@@ -46,7 +46,7 @@ run: env
 # ------------------------------------------------------------------ checks
 
 .PHONY: test
-test: env env-oldest env-vit lint types
+test: env env-oldest browser env-vit lint types
 	@echo "Tests, with the newest transformers:"
 	@$(TEST_ENV) .venv/$(PYTEST) $(VIT_TESTS:%=--ignore=%) $(PYTEST_ARGS)
 	@echo "The same tests, with the oldest transformers (wheel, kernels, data and metrics do not depend on it):"
@@ -67,6 +67,14 @@ test-version-%: .venv-versions/%/.installed
 docs: env
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet
 	@echo "The site is built: open site/index.html."
+
+# The browser that the demo is tested with. Where it cannot be installed, its tests are skipped and say so.
+.PHONY: browser
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+		{ command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && echo "Installing Chromium for the demo's tests." && \
+		apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium >/dev/null; } || \
+		echo "There is no Chromium, and none can be installed: tests of the demo in a browser are skipped."
 
 .PHONY: lint
 lint: env
