@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import vlprune
+import vlprune.integrations  # registers architectures
 from vlprune.engine.vit.architecture import architecture_of, tower_of
 
 PATCHES = 36
