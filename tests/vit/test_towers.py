@@ -35,6 +35,8 @@ def test_the_tower_computes_fewer_rows_and_the_language_model_sees_as_many(famil
         with vlprune.applied(tower, name, budget=0.7):
             after = model(**inputs).logits
             assert vlprune.report(tower).layer_mean <= 0.7 * vlprune.report(tower).total
+        with vlprune.applied(model, name, budget=0.7):
+            assert torch.equal(model(**inputs).logits, after), f"{name} is the same through the whole model"
         assert after.shape == before.shape
         assert after.isfinite().all()
         assert not torch.equal(after, before), name
