@@ -163,3 +163,28 @@ def test_how_many_stay_may_follow_from_the_attention():
 def test_knobs_out_of_range(options):
     with pytest.raises(vlprune.OptionError, match="allowed"):
         vlprune.PruMerge(**options)
+
+
+def test_a_mixture_of_several_tiles_is_that_of_each():
+    """As ``encode`` may give it: a choice and weights for every tile; what is not kept stays as it was."""
+    generator = torch.Generator().manual_seed(0)
+    features, weight = torch.randn(3, 6, 4, generator=generator), torch.randn(3, 2, 6, generator=generator)
+    keep = torch.tensor([[0, 3], [1, 2], [4, 5]])
+    found = merged(features, vlprune.Selection(keep, vlprune.Mixture(weight)))
+    for tile in range(3):
+        for row in range(6):
+            slot = keep[tile].tolist().index(row) if row in keep[tile] else None
+            sums = (
+                sum(weight[tile, slot, j] * features[tile, j] for j in range(6)) if slot is not None else features[tile, row]
+            )
+            torch.testing.assert_close(found[tile, row], sums)
+
+
+def test_sums_of_half_precision_are_rounded_once():
+    """Small parts are not lost one by one, and autocast of the model does not reach them."""
+    features = torch.ones(300, 2, dtype=torch.bfloat16)
+    chosen = vlprune.Selection(torch.tensor([0]), vlprune.Mixture(torch.full((1, 300), 1 / 1024)))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = merged(features, chosen)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found[0], torch.full((2,), 300 / 1024, dtype=torch.bfloat16), atol=0, rtol=0)

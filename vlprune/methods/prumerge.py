@@ -12,8 +12,8 @@ from vlprune.errors import OptionError
 from vlprune.image import ImageTokens, ModelShape, remembered, top
 from vlprune.method import Method, Mixture, Selection, register
 from vlprune.methods.grids import with_separators
-from vlprune.methods.salience import KINDS, attention_signal, in_picture, rows_of, tiles_alike
-from vlprune.signals import ClsAttention, Keys, Signal
+from vlprune.methods.salience import as_one_head, attention_signal, in_picture, rows_of, tiles_alike
+from vlprune.signals import Keys, Signal
 
 
 @register("prumerge")
@@ -62,7 +62,7 @@ class PruMerge(Method):
     def select(self, image: ImageTokens) -> Selection:
         keys = next(values.transpose(1, 2).flatten(2) for signal, values in image.signals.items() if isinstance(signal, Keys))
         unit = torch.nn.functional.normalize(keys, dim=-1).nan_to_num()
-        logits, attention = _one_head(image)
+        logits, attention = as_one_head(image)
         scores = in_picture(logits, image)
         attention = attention.masked_fill(scores == -torch.inf, 0)
         places = image.host(image.layout.placeholder)
@@ -117,23 +117,6 @@ class PruMergePlus(PruMerge):
 
     budget: int | float = 0.25
     spatial: float = 0.75
-
-
-def _one_head(image: ImageTokens) -> tuple[Tensor, Tensor]:
-    """Scores that rank patches like the attention of all heads as one, and that attention: both ``(tiles, patches)``.
-
-    Logits of one wide head are the sum of the heads' logits over the root of their number. Of each head the logarithm of its
-    attention is its logits less a constant, and what is missing from a sum of 1 is the attention that [CLS] pays to itself.
-    Scores are rounded, so that patches that differ by rounding errors only are equal.
-    """
-    signal, values = next((s, v.nan_to_num()) for s, v in image.signals.items() if isinstance(s, KINDS))
-    tiny = torch.finfo(values.dtype).tiny
-    logits = values.clamp(min=tiny).log().sum(1) / values.shape[1] ** 0.5
-    logits = logits.mul(1e4).round() / 1e4
-    if not isinstance(signal, ClsAttention):
-        return logits, logits.softmax(1)
-    own = (1 - values.sum(2)).clamp(min=tiny).log().sum(1, keepdim=True) / values.shape[1] ** 0.5
-    return logits, torch.cat([own, logits], 1).softmax(1)[:, 1:]
 
 
 def _taken_in(

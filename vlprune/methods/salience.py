@@ -38,6 +38,23 @@ def attention_by_place(image: ImageTokens) -> Tensor:
     return by_place.scatter(0, torch.where(places < 0, total, places).flatten(), attention.flatten())[:total]
 
 
+def as_one_head(image: ImageTokens) -> tuple[Tensor, Tensor]:
+    """Scores that rank patches like the attention of all heads as one, and that attention: both ``(tiles, patches)``.
+
+    Logits of one wide head are the sum of the heads' logits over the root of their number. Of each head the logarithm of its
+    attention is its logits less a constant, and what is missing from a sum of 1 is the attention that [CLS] pays to itself.
+    Scores are rounded, so that patches that differ by rounding errors only are equal.
+    """
+    signal, values = next((s, v.nan_to_num()) for s, v in image.signals.items() if isinstance(s, KINDS))
+    tiny = torch.finfo(values.dtype).tiny
+    logits = values.clamp(min=tiny).log().sum(1) / values.shape[1] ** 0.5
+    logits = logits.mul(1e4).round() / 1e4
+    if not isinstance(signal, ClsAttention):
+        return logits, logits.softmax(1)
+    own = (1 - values.sum(2)).clamp(min=tiny).log().sum(1, keepdim=True) / values.shape[1] ** 0.5
+    return logits, torch.cat([own, logits], 1).softmax(1)[:, 1:]
+
+
 def ranks(scores: Tensor) -> Tensor:
     """Place of every one in its row's order, best first: ``(rows, n)``."""
     order = top(scores, scores.shape[1])
