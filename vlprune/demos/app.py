@@ -137,7 +137,7 @@ def _compare_tab(answerer: Answerer, names: list[str], samples: list[tuple[str, 
                     ),
                     page.costs(now.names, now.answers),
                     *(
-                        one.sheet(2, f"{name}: stages, merged tokens, scores")
+                        one.sheet(f"{name}: stages, merged tokens, scores")
                         for one, name in zip(now.pictures, now.names[1:], strict=True)
                     ),
                     now.pictures,
@@ -148,7 +148,7 @@ def _compare_tab(answerer: Answerer, names: list[str], samples: list[tuple[str, 
     def on_stage(name: str, found: Any) -> Any:
         return [one.pair(name) for one in found] if found else [gr.skip()] * 2
 
-    gr.on([ask.click, question.submit], on_ask, inputs, outputs, api_name="ask", show_progress="minimal")
+    gr.on([ask.click, question.submit], on_ask, inputs, outputs, api_name="ask", show_progress="hidden")
     stage.input(on_stage, [stage, drawn], sliders, show_progress="hidden", api_visibility="private")
 
 

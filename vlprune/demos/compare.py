@@ -33,12 +33,14 @@ class Pictures:
     groups: Image.Image | None = None
     scores: dict[str, Image.Image] = field(default_factory=dict)
 
-    def sheet(self, across: int, title: str) -> Image.Image:
+    def sheet(self, title: str) -> Image.Image:
         """Every stage, the merged groups and the scores, with their names below them."""
         panels = [(name, picture) for name, picture in self.kept.items() if name != ALL] or [(ALL, self.kept[ALL])]
         panels += [("merged tokens, by group", self.groups)] if self.groups else []
         panels += [(f"score: {name}", picture) for name, picture in self.scores.items()]
-        return drawing.sheet([(name, drawing.enlarged(picture, PANEL)[0]) for name, picture in panels], across, title=title)
+        return drawing.sheet(
+            [(name, drawing.enlarged(picture, PANEL)[0]) for name, picture in panels], 3 if len(panels) > 4 else 2, title=title
+        )
 
     def pair(self, stage: str) -> tuple[Image.Image, Image.Image]:
         """The image, and what is kept of it at a stage; at the last one before it where the method has no such stage."""
