@@ -1,10 +1,11 @@
 """Whatever the documents and ``--help`` show to be typed is typed here.
 
 Blocks of a page run one after the other, in one folder and one namespace, which knows a small ``model`` with its
-``processor``, the ``inputs`` of one question, a ``vit`` and a ``loader`` for it. A comment above a block may say
-``shown only: WHY`` (it needs a GPU, the hub, another project), or ``run smaller: OPTIONS``, which are put behind each of its
-commands, or ``run smaller: THIS -> THAT`` in Python. Of ``make`` and ``pip install`` it is checked that what they name is
-there: running them here would be this test suite itself.
+``processor``, the ``inputs`` of one question, ``samples`` of it with its answer, a ``vit`` and a ``loader`` for it.
+A comment above a block may say ``shown only: WHY`` (it needs a GPU, the hub, another project), or
+``run smaller: OPTIONS``, which are put behind each of its commands, or ``run smaller: THIS -> THAT`` in Python.
+Of ``make`` and ``pip install`` it is checked that what they name is there: running them here would be this test suite
+itself.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def small() -> dict[str, Any]:
     size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
     vit = ViTForImageClassification(ViTConfig(**size, image_size=28, patch_size=7)).eval()
     known = {"model": model, "processor": processor, "inputs": inputs, "torch": torch, "vlprune": vlprune}
-    return {**known, "vit": vit, "loader": [torch.randn(2, 3, 28, 28)]}
+    answer = processor.tokenizer(example.answers[0], return_tensors="pt", add_special_tokens=False).input_ids[0]
+    return {**known, "samples": [(inputs, answer)], "vit": vit, "loader": [torch.randn(2, 3, 28, 28)]}
 
 
 @pytest.fixture
