@@ -131,6 +131,12 @@ def journeys(
             positions = positions[keep]
 
 
+def report(model: Any) -> vlprune.Report:
+    found = vlprune.report(model)
+    assert isinstance(found, vlprune.Report)
+    return found
+
+
 def best(scores: list[float], count: int) -> list[int]:
     """Places of the highest scores, in order; of equal ones the first."""
     return sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count])

@@ -34,11 +34,11 @@ def test_nothing_is_left_in_later_layers_and_their_caches():
     model, inputs = zoo.build("llava"), zoo.prompt("llava")
     with vlprune.applied(model, vlprune.VisualExit(layer=2)):
         cache = zoo.generate(model, inputs, new_tokens=1).past_key_values
-        report = vlprune.report(model)
+        report = inside.report(model)
     length, total = inputs["input_ids"].shape[1], report.total
     assert [layer.keys.shape[2] for layer in cache.layers] == [length, length, length - total, length - total]
-    assert report.layer_mean == report.cached == total / 2  # pyright: ignore[reportAttributeAccessIssue]
-    assert report.leaving == 0  # pyright: ignore[reportAttributeAccessIssue]
+    assert report.layer_mean == report.cached == total / 2
+    assert report.leaving == 0
     assert report.images[0].stages[-1].kept == []
 
 

@@ -71,8 +71,8 @@ def test_attention_without_rotary_embedding(family, kernel):
     method = Noted(layers=(1, 3), keep=(0.5, 0.25), stride=2)
     with vlprune.applied(model, method), torch.no_grad():
         model(**inputs)
-        report = vlprune.report(model)
-        gone = dropped(model, inputs, report)  # pyright: ignore[reportArgumentType]
+        report = inside.report(model)
+        gone = dropped(model, inputs, report)
     given: dict[int, Tensor] = {}
     hooks = [
         layer.self_attn.register_forward_pre_hook(

@@ -134,7 +134,7 @@ def test_merged_tokens_go_on_as_the_means_of_their_groups(family):
     method = Noted(budget=0.6, recycle=1.0)
     with vlprune.applied(model, method):
         pruned = zoo.generate(model, inputs)
-        gone = dropped(model, inputs, vlprune.report(model))
+        gone = dropped(model, inputs, inside.report(model))
     places = (inputs["input_ids"][0] == zoo.IMAGE).nonzero()[:, 0]
 
     def averaged(layer: int, hidden: Tensor) -> Tensor:

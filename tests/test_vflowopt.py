@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import vlprune
+from tests import inside
 from tests.between import CLIP, CONTENTS, LAYOUTS, SHAPES, heads_mean, image
 from vlprune.engine.merging import merged
 from vlprune.methods.grids import divided
@@ -83,3 +84,35 @@ def test_knobs_out_of_range(options):
     assert vlprune.VFlowOpt().wants(CLIP)
     with pytest.raises(vlprune.OptionError, match="allowed"):
         vlprune.VFlowOpt(**options)
+
+
+def test_the_llm_drops_by_the_same_map():
+    """Before layers 9 and 18 of 28; budget and shares give the counts, importance the tokens."""
+    shape = vlprune.ModelShape(vision_layers=27, text_layers=28, feature_layer=25, has_cls=False)
+    layout = LAYOUTS["2 x 2 crops"]()
+    method = vlprune.VFlowOpt(budget=0.5, cell=2.5, keep=(0.75, 0.5))
+    plan = method.plan(layout, shape)
+    entering = max(
+        n for n in range(1, layout.total + 1) if 9 * n + 9 * int(n * 0.75) + 10 * int(n * 0.375) <= 0.5 * layout.total * 28
+    )
+    assert plan == vlprune.Plan(entering, {9: int(entering * 0.75), 18: int(entering * 0.375)})
+    assert method.stages == ("select", "prefill")
+    img = image(method, layout)
+    img = type(img)(img.features, layout, plan.entering, img.signals)
+    positions = method.select(img).keep
+    (rows,) = (heads_mean(values) for values in img.signals.values())
+    importance = dict.fromkeys(layout.separators.tolist(), 1.0)
+    for row, places in zip(rows, layout.placeholder.tolist(), strict=True):
+        importance |= {place: a for a, place in zip(row, places, strict=True) if place >= 0}
+    for layer in plan.prefill:
+        tokens = inside.before_layer(method, layout, layer, positions, shape=shape, notes=img.notes)
+        keep = method.prefill(tokens).keep
+        assert keep.tolist() == inside.best([importance[place] for place in positions.tolist()], plan.prefill[layer])
+        positions = positions[keep]
+
+
+def test_without_shares_nothing_leaves_inside_the_llm():
+    assert vlprune.VFlowOpt().stages == ("select",)
+    assert vlprune.VFlowOpt(budget=7).plan(LAYOUTS["one tile"](), CLIP) == vlprune.Plan(7)
+    with pytest.raises(vlprune.OptionError, match="two shares"):
+        vlprune.VFlowOpt(keep=(0.0, 1.0))

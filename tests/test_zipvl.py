@@ -11,6 +11,7 @@ from torch import Tensor
 import vlprune
 from tests import inside, zoo
 from vlprune.image import ImageTokens
+from vlprune.method import make
 from vlprune.methods.zipvl import covering
 
 
@@ -58,9 +59,9 @@ def test_any_scorer_between_encoder_and_llm(monkeypatch):
     states = getattr(features, "pooler_output", features)
     with vlprune.applied(model, "zipvl", scorer="loudness", mass=0.6), torch.no_grad():
         model(**inputs)
-        images = vlprune.report(model).images
+        images = inside.report(model).images
     for image, state in zip(images, states, strict=True):
-        assert image.kept == covering_by_hand(state.double().norm(dim=-1).tolist(), 0.6)  # pyright: ignore
+        assert image.kept == covering_by_hand(state.double().norm(dim=-1).tolist(), 0.6)
 
 
 @pytest.mark.parametrize(
@@ -68,13 +69,13 @@ def test_any_scorer_between_encoder_and_llm(monkeypatch):
 )
 def test_any_scorer_inside_the_llm(scorer, layers):
     """Where it drops, by its scores."""
-    method, member = vlprune.methods()["zipvl"](scorer=scorer, mass=0.7), vlprune.methods()[scorer]()  # pyright: ignore
+    method, member = vlprune.ZipVL(scorer=scorer, mass=0.7), make(scorer)
     layout = inside.LAYOUTS["one tile"]()
     plan = method.plan(layout, inside.SHAPE)
     assert plan == vlprune.Plan(36, dict.fromkeys(layers, 36))
     for layer in layers:
         tokens = inside.before_layer(method, layout, layer, torch.arange(36))
-        scores = member.score(replace(tokens, notes={})).double().tolist()
+        scores = member.score(replace(tokens, notes={})).double().tolist()  # pyright: ignore[reportAttributeAccessIssue]
         assert method.prefill(tokens).keep.tolist() == covering_by_hand(scores, 0.7)
 
 

@@ -261,6 +261,7 @@ FAMILIES: dict[str, Entry] = {
 }
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "vflowopt": [{"cell": 2.5, "threshold": 1.2}, {"cell": 2.5, "keep": (0.75, 0.5)}],
     "dyvte": [{"router": str(Path(__file__).with_name("router.safetensors"))}],
     "zipvl": [{"mass": 0.3, "options": {"layer": 2}}],
     "todre": [{}, {"exit_threshold": 0.3}],
@@ -279,7 +280,6 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "divprune": [{}, {"official_quirks": True}],
     "fastv": [{"layer": 1}],
     "vscan": [{"window": 2, "local": 1}],
-    "vflowopt": [{"cell": 2.5, "threshold": 1.2}],
     "prumerge": [{"neighbours": 3}, {"outliers": True}],
     "flowcut": [{}, {"schedule": "even"}],
     "mustdrop": [{}, {"global_threshold": 0.28, "individual_threshold": 0.5, "merge_threshold": 0.0}],
