@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -47,6 +48,8 @@ class Case:
     ``variants`` change how it computes, not what. ``sizes``: images that it takes besides square ones, height and width.
     ``features``: calls that hand out rows; those ``between`` blocks as a list. ``compiled``: whether it is tried with
     torch.compile, which takes seconds. ``checkpoints``: whether the library's activation checkpointing works.
+    ``plain_output``: whether nothing stands between an attention's values and its last projection. ``hides_values``: whether
+    no module hands them out.
     """
 
     make: Callable[[], nn.Module]
@@ -58,6 +61,8 @@ class Case:
     between: tuple[Callable[[Any, dict[str, Any]], Any], ...] = ()
     compiled: bool = False
     checkpoints: bool = True
+    plain_output: bool = True
+    hides_values: bool = False
 
     def build(self) -> Any:
         torch.manual_seed(0)
@@ -167,6 +172,44 @@ def merging_equal_rows_changes_nothing(case: Case) -> None:
             assert close(case.run(model), before)
 
 
+@dataclass(kw_only=True)
+class Reader(vlprune.ToMe):
+    """ToMe that also computes, from what it reads, what the block's attention hands to its last projection."""
+
+    reads = ("queries", "values")
+    computed: list[Tensor] = field(default_factory=list)
+
+    def reduce(self, tokens: Any) -> Tensor:
+        read = tokens.read
+        share = read.queries.shape[1] // read.keys.shape[1]
+        keys, values = (part.repeat_interleave(share, 1) for part in (read.keys, read.values))
+        logits = read.scaling * read.queries @ keys.transpose(2, 3)
+        logits = logits if read.weights is None else logits + read.weights[:, None, None]
+        self.computed.append((logits.softmax(-1) @ values).transpose(1, 2).flatten(2))
+        return super().reduce(tokens)
+
+
+def what_methods_read_is_what_the_attention_computes_with(case: Case) -> None:
+    """Turned, normalised and weighted, also once rows have been merged."""
+    model, given = case.build(), []
+    tower, architecture = tower_of(model), architecture_of(model)
+    for block in architecture.blocks_of(tower):
+        linear = [(name, part) for name, part in block.named_modules() if isinstance(part, nn.Linear)]
+        out = next(part for name, part in linear if name.endswith((".proj", ".out_proj", ".o_proj", "attention.output.dense")))
+        out.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    method = Reader(r=[4, 4, 4, 4])
+    if case.hides_values:
+        with pytest.raises(vlprune.UnsupportedMethodError, match="values"):
+            vlprune.apply(model, method)
+        return
+    vlprune.apply(model, method)
+    given.clear()
+    case.run(model)
+    assert len(given) == len(method.computed) == 4
+    if case.plain_output:
+        assert close(method.computed, given)
+
+
 def an_image_alone_equals_a_row_of_a_batch(case: Case) -> None:
     model = vlprune.apply(case.build(), "tome", budget=0.4)
     batch = case.run(model, 3)
@@ -269,6 +312,7 @@ FEATURES: dict[str, Callable[[Case], None]] = {
         nothing_to_do_is_exactly_nothing,
         the_report_says_what_was_merged,
         merging_equal_rows_changes_nothing,
+        what_methods_read_is_what_the_attention_computes_with,
         an_image_alone_equals_a_row_of_a_batch,
         copies_and_pickles_are_patched_models_of_their_own,
         half_precision_keeps_sizes_exact,

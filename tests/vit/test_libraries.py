@@ -125,6 +125,9 @@ def case(name):
             if own and hasattr(make, method)
         ),
         compiled=name in COMPILED,
+        hides_values=name in ("open_clip norms", "open_clip heads")
+        or (make is Eva and options.get("qkv_fused", True) and available(timm.models.eva.EvaBlock, ["qk_norm"])),
+        plain_output=name not in ("norm of attention", "open_clip heads"),
         # timm's own came for this: PyTorch's refuses by default what EVA passes to its blocks.
         checkpoints=make is not Eva or timm.models._manipulate.checkpoint.__module__.startswith("timm"),
     )

@@ -165,7 +165,8 @@ class Heads:
 
     def each(self, run: Run, block: int) -> tuple[Tensor, Tensor, Tensor | None]:
         queries, keys = (self._turned(run, self._noted(noted[block])) for noted in (run.queries, run.keys))
-        return queries, keys, None if run.values[block] is None else self._noted(run.values[block])
+        # Heads may share keys and values, so that there are fewer of those.
+        return queries, keys, None if run.values[block] is None else self._noted(run.values[block], keys.shape[1])
 
     def mean_key(self, run: Run, block: int) -> Tensor:
         """The mean over the heads ``(B, N, d)``, float32."""
@@ -177,10 +178,10 @@ class Heads:
     def _turned(self, run: Run, x: Tensor) -> Tensor:
         return x if self.rotary is None else self.rotary.turned(x, self.tables, run.prefix, self.attention)
 
-    def _noted(self, out: Tensor | None) -> Tensor:
+    def _noted(self, out: Tensor | None, heads: int | None = None) -> Tensor:
         """Without gradients."""
         assert out is not None
-        return out.detach() if out.ndim == 4 else out.detach().unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return out.detach() if out.ndim == 4 else out.detach().unflatten(-1, (heads or self.heads, -1)).transpose(1, 2)
 
 
 def _composed(before: Tensor, assigned: Tensor) -> Tensor:
