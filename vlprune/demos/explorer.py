@@ -12,8 +12,8 @@ from typing import Any
 from vlprune.evals.plot import BASELINES, GREY
 from vlprune.evals.settings import UNPRUNED
 
-INSTALLED = Path(__file__).parent / "results"
-REPOSITORY = Path(__file__).parents[2] / "docs" / "results"
+RESULTS = Path(__file__).parent / "results"
+"""In the repository a link to ``docs/results``, in a wheel a copy of it."""
 AXES = {
     "tokens": ("layer_tokens", "visual tokens, mean over the LLM's layers"),
     "time": ("prefill_ms", "prefill of a sample, ms"),
@@ -29,9 +29,8 @@ Setting = dict[str, Any]
 
 
 def results() -> dict[str, dict[str, Any]]:
-    """Summaries of runs, by the name of their model: those of the repository, or those that came with the package."""
-    folder = REPOSITORY if REPOSITORY.is_dir() else INSTALLED
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("summary*.json"))]
+    """Summaries of runs, by the name of their model."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("summary*.json"))]
     return {summary["run"]["model"]["name"]: summary for summary in sorted(found, key=lambda one: one["run"]["model"]["name"])}
 
 
