@@ -103,7 +103,7 @@ def test_help_imports_no_command():
 
 @pytest.mark.parametrize(
     ("words", "offered"),
-    [("ev", {"eval"}), ("bench m", {"model"}), ("eval --bud", {"--budgets"}), ("methods --j", {"--json"})],
+    [("rep", {"report"}), ("bench m", {"model"}), ("eval --bud", {"--budgets"}), ("methods --j", {"--json"})],
 )
 def test_completion_offers_commands_and_options(words: str, offered: set[str]):
     environment = {
