@@ -17,12 +17,13 @@ from transformers.cache_utils import DynamicCache
 from vlprune.engine import cache as caches
 from vlprune.engine import stages
 from vlprune.engine.encoder import EncoderHooks
+from vlprune.engine.eviction import Ledger
 from vlprune.engine.family import Parts
 from vlprune.engine.forward import Forward, Passed, Prefill
 from vlprune.engine.placing import distinct, placed
 from vlprune.engine.rows import Take, put, take
 from vlprune.engine.sequence import Sequence
-from vlprune.engine.stages import Ledger, Pass
+from vlprune.engine.stages import Pass
 from vlprune.engine.text_signals import TextSignals
 from vlprune.method import Method
 

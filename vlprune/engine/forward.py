@@ -12,9 +12,10 @@ from torch import Tensor
 
 from vlprune.engine import cache as caches
 from vlprune.engine import masks
+from vlprune.engine.eviction import Ledger
 from vlprune.engine.rows import RowMap, take, take_tables
 from vlprune.engine.sequence import Image, Sequence
-from vlprune.engine.stages import Ledger, Pass
+from vlprune.engine.stages import Pass
 
 
 @dataclass(eq=False)
