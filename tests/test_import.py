@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import vlprune
+
 LIMIT = 0.1
 TRIES = 5
 HEAVY = ("triton", "gradio", "datasets", "matplotlib", "typer", "rich", "timm", "peft", "transformers.modeling_utils")
@@ -37,3 +39,13 @@ def test_import_is_quick() -> None:
 
 def test_import_pulls_in_no_extra() -> None:
     assert python(ADDED_MODULES) == ""
+
+
+def test_methods_are_imported_when_asked_for() -> None:
+    loaded = "print('vlprune.methods.hired' in sys.modules, end=' ')"
+    assert python(f"import sys, vlprune; {loaded}; vlprune.HiRED; {loaded}") == "False True"
+
+
+def test_every_method_has_its_name_in_the_package() -> None:
+    assert {cls.__name__ for cls in vlprune.methods().values()} | {"chain"} <= set(vlprune.__all__) <= set(dir(vlprune))
+    assert all(getattr(vlprune, name) is not None for name in vlprune.__all__)

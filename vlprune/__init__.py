@@ -6,6 +6,10 @@
 >>> vlprune.remove(model)
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import vlprune.methods  # noqa: F401  (now, since the name is to be a function's)
 from vlprune.api import applied, apply, remove, report, supported_models
 from vlprune.errors import (
     BudgetError,
@@ -19,72 +23,6 @@ from vlprune.errors import (
 from vlprune.image import CacheTokens, ImageLayout, ImageTokens, LayerTokens, ModelShape, VisionTokens, top
 from vlprune.method import Merge, Method, Mixture, Plan, ScoreMethod, Selection, from_dict, register
 from vlprune.method import methods as _methods
-from vlprune.methods import (
-    A2SF,
-    ALGM,
-    ATS,
-    DART,
-    EMS,
-    EVS,
-    FEATHER,
-    H2O,
-    MCTF,
-    SCOPE,
-    TNT,
-    TOVA,
-    VATP,
-    VCAST,
-    VTCCLS,
-    VTM,
-    ApET,
-    CDPruner,
-    CriticalKV,
-    DiffRate,
-    DivPrune,
-    DynamicViT,
-    DyVTE,
-    EViT,
-    FasterVLM,
-    FastV,
-    FlowCut,
-    GlobalCom2,
-    HiRED,
-    HoloV,
-    Keyformer,
-    LookM,
-    MustDrop,
-    PiToMe,
-    Pool,
-    PruMerge,
-    PruMergePlus,
-    PyramidDrop,
-    PyramidKV,
-    Random,
-    RandomPatches,
-    RazorAttention,
-    Resize,
-    SnapKV,
-    SparseVLM,
-    SpAtten,
-    ToDRE,
-    ToFu,
-    ToMe,
-    TransPrune,
-    Uniform,
-    UniformPatches,
-    VFlowOpt,
-    VidCom2,
-    VidTLDR,
-    VisionZip,
-    VisPruner,
-    VisualExit,
-    VLCache,
-    VScan,
-    ZeroTPrune,
-    ZipVL,
-    chain,
-    without_sinks,
-)
 from vlprune.report import Report
 from vlprune.signals import (
     AttentionColumns,
@@ -103,7 +41,10 @@ from vlprune.signals import (
     Values,
 )
 
-methods = _methods  # after the package vlprune.methods is imported, whose name the function takes here
+if TYPE_CHECKING:
+    from vlprune.methods.builtin import *  # noqa: F403
+
+methods = _methods
 __version__ = "0.1.0"
 __all__ = [
     "A2SF",
@@ -214,3 +155,14 @@ __all__ = [
     "top",
     "without_sinks",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Classes of methods, which are imported when the first of them is asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("vlprune.methods"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -228,7 +228,7 @@ def methods(serving: str = "vlm") -> dict[str, type[Method]]:
 
 def _all_methods() -> dict[str, type[Method]]:
     global _found_entry_points
-    import vlprune.methods  # noqa: F401  (registers the built-in ones)
+    import vlprune.methods.builtin  # noqa: F401  (registers the built-in ones)
 
     if not _found_entry_points:
         _found_entry_points = True
