@@ -105,8 +105,7 @@ def measure(model: Any, setting: Setting, batches: Sequence[tuple[Tensor, Tensor
     try:
         method = method_of(setting)
         for number, (given, labels) in enumerate(batches):
-            if number < TIMED:
-                _, before = _timed(model, given)
+            before = _timed(model, given)[1] if number < TIMED else None
             if method is not None:
                 vlprune.apply(model, method)
             logits, seconds = _timed(model, given)
@@ -117,7 +116,7 @@ def measure(model: Any, setting: Setting, batches: Sequence[tuple[Tensor, Tensor
                 vlprune.remove(model)
             right += int((logits.argmax(-1) == labels).sum())
             taken.append(len(labels) / seconds)
-            if number < TIMED:
+            if before is not None:
                 ratios.append(before / seconds)
     except BudgetError as error:
         vlprune.remove(model)
