@@ -15,6 +15,7 @@ from torch import Tensor
 from vlprune import budget as budgets
 from vlprune.errors import OptionError, UnsupportedMethodError, VLPruneError
 from vlprune.image import CacheTokens, ImageLayout, ImageTokens, LayerTokens, ModelShape, VisionTokens
+from vlprune.knobs import Draw
 from vlprune.signals import Signal
 
 STAGES = ("encode", "select", "prefill", "evict")
@@ -140,6 +141,14 @@ class Method:
         """Counts of one image. Unless overridden the budget's tokens enter the LLM; without ``encode`` and ``select``, all."""
         early = {"encode", "select"} & set(self.stages)
         return Plan(self.count(layout.total) if early else layout.total)
+
+    @classmethod
+    def knobs(cls, draw: Draw, shape: ModelShape) -> dict[str, Any]:
+        """Options that ``vlprune calibrate`` may try on a model of this shape, each one drawn; none: nothing to calibrate.
+
+        What is drawn must leave the budget as it is: it says how tokens are chosen, or where they leave, not how many.
+        """
+        return {}
 
     def encode_layers(self, layout: ImageLayout, shape: ModelShape) -> Sequence[int]:
         """Blocks of the vision encoder after which ``encode`` is asked about an image; none if nothing is to be done."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from vlprune.errors import OptionError
 from vlprune.image import ImageLayout, ImageTokens, ModelShape, top
+from vlprune.knobs import Draw
 from vlprune.method import Method, Selection, register
 from vlprune.methods.grids import with_separators
 from vlprune.methods.salience import ranks
@@ -52,6 +53,10 @@ class HiRED(Method):
             raise OptionError(f"alpha={self.alpha!r}: allowed is a share of the budget from 0 to 1")
         if self.allocation not in ("counts", "sums"):
             raise OptionError(f"allocation={self.allocation!r}: allowed are 'counts' and 'sums'")
+
+    @classmethod
+    def knobs(cls, draw: Draw, shape: ModelShape) -> dict[str, Any]:
+        return {"alpha": draw.number("alpha", 0.0, 1.0), "allocation": draw.choice("allocation", ("counts", "sums"))}
 
     def wants(self, shape: ModelShape) -> tuple[Signal, ...]:
         return (EARLY, LATE) if shape.has_cls else (MeanAttention(0), MeanAttention(shape.feature_layer))

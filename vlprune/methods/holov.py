@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vlprune.errors import OptionError
 from vlprune.image import ImageTokens, ModelShape, remembered, top
+from vlprune.knobs import Draw
 from vlprune.method import Method, Selection, register
 from vlprune.methods.grids import left_by_encoder, with_separators
 from vlprune.methods.salience import attention_by_place, attention_signal, number_or_lowest, ranks
@@ -55,6 +56,10 @@ class HoloV(Method):
 
     def wants(self, shape: ModelShape) -> tuple[Signal, ...]:
         return (attention_signal(shape, shape.feature_layer, ReceivedAttention),)
+
+    @classmethod
+    def knobs(cls, draw: Draw, shape: ModelShape) -> dict[str, Any]:
+        return {"chunks": draw.whole("chunks", 1, 32), "variety": draw.number("variety", 0.0, 1.0)}
 
     def select(self, image: ImageTokens) -> Selection:
         patches = left_by_encoder(image)

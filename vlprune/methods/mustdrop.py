@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from vlprune import budget as budgets
 from vlprune.errors import OptionError
 from vlprune.image import CacheTokens, ImageLayout, ImageTokens, LayerTokens, ModelShape, VisionTokens, top
+from vlprune.knobs import Draw, ascending
 from vlprune.method import Method, Plan, Selection, register
 from vlprune.methods.grids import left_by_encoder, with_separators
 from vlprune.methods.windows import likeness, merge, windows_of
@@ -77,6 +78,16 @@ class MustDrop(Method):
             self.layers = tuple(self.layers)
             if not self.layers or list(self.layers) != sorted({layer for layer in self.layers if layer >= 0}):
                 raise OptionError(f"layers={self.layers!r}: allowed are layers of the LLM from 0 on, in ascending order")
+
+    @classmethod
+    def knobs(cls, draw: Draw, shape: ModelShape) -> dict[str, Any]:
+        stages = draw.whole("stages", 1, min(len(OFFICIAL_LAYERS), shape.text_layers - 1))
+        return {
+            "window": draw.whole("window", 2, 3),
+            "merge_share": draw.number("merge_share", 0.0, 0.8),
+            "keep_rate": draw.number("keep_rate", 0.0, 0.2),
+            "layers": ascending(draw, f"{stages} layers", stages, 0, shape.text_layers - 2),
+        }
 
     @property
     def adaptive(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vlprune.errors import OptionError
 from vlprune.image import ImageTokens, ModelShape
+from vlprune.knobs import Draw
 from vlprune.method import Method, Selection, register
 from vlprune.methods.grids import with_separators
 from vlprune.methods.salience import attention_of, attention_signal, in_picture, tiles_alike
@@ -44,6 +45,10 @@ class SCOPE(Method):
 
     def wants(self, shape: ModelShape) -> tuple[Signal, ...]:
         return (attention_signal(shape, shape.feature_layer),)
+
+    @classmethod
+    def knobs(cls, draw: Draw, shape: ModelShape) -> dict[str, Any]:
+        return {"alpha": draw.number("alpha", 0.0, 4.0)}
 
     def select(self, image: ImageTokens) -> Selection:
         scores = in_picture(attention_of(image), image)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from vlprune import budget as budgets
 from vlprune.errors import OptionError
 from vlprune.image import ImageLayout, ImageTokens, LayerTokens, ModelShape, top
+from vlprune.knobs import Draw
 from vlprune.method import Merge, Method, Plan, Selection, register
 from vlprune.methods.grids import divided
 from vlprune.methods.salience import attention_by_place, number_or_lowest
@@ -58,6 +59,10 @@ class VFlowOpt(Method):
             raise OptionError(f"threshold={self.threshold!r}: allowed is a multiple >= 0 of the mean attention received")
         if not 1.0 <= self.cell < float("inf"):
             raise OptionError(f"cell={self.cell!r}: allowed is a width >= 1 of cells in patches")
+
+    @classmethod
+    def knobs(cls, draw: Draw, shape: ModelShape) -> dict[str, Any]:
+        return {"threshold": draw.number("threshold", 0.0, 50.0), "cell": draw.number("cell", 3.0, 24.0)}
 
     def wants(self, shape: ModelShape) -> tuple[Signal, ...]:
         return (GlobalAttention(shape.vision_layers - 1, threshold=self.threshold),)

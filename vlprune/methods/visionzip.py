@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from vlprune.errors import OptionError
 from vlprune.image import ImageTokens, ModelShape, top
 from vlprune.kernels import bipartite_match
+from vlprune.knobs import Draw
 from vlprune.method import Merge, Method, Selection, register
 from vlprune.methods.grids import with_separators
 from vlprune.methods.salience import KINDS, attention_of, attention_signal, in_picture, rows_of, tiles_alike
@@ -49,6 +50,10 @@ class VisionZip(Method):
     def wants(self, shape: ModelShape) -> tuple[Signal, ...]:
         last = shape.feature_layer
         return attention_signal(shape, last, ReceivedAttention), Keys(last)
+
+    @classmethod
+    def knobs(cls, draw: Draw, shape: ModelShape) -> dict[str, Any]:
+        return {"contextual": draw.number("contextual", 0.0, 0.6)}
 
     def select(self, image: ImageTokens) -> Selection:
         keys = next(values.mean(1) for signal, values in image.signals.items() if not isinstance(signal, KINDS))

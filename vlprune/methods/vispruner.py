@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from vlprune.errors import OptionError
 from vlprune.image import ImageTokens, ModelShape, top
 from vlprune.kernels import bipartite_match
+from vlprune.knobs import Draw
 from vlprune.method import Method, Selection, register
 from vlprune.methods.grids import with_separators
 from vlprune.methods.salience import KINDS, attention_of, attention_signal, in_picture, rows_of, tiles_alike
@@ -51,6 +52,10 @@ class VisPruner(Method):
     def wants(self, shape: ModelShape) -> tuple[Signal, ...]:
         last = shape.feature_layer
         return attention_signal(shape, last, ReceivedAttention), Hidden(last)
+
+    @classmethod
+    def knobs(cls, draw: Draw, shape: ModelShape) -> dict[str, Any]:
+        return {"important": draw.number("important", 0.0, 1.0)}
 
     def select(self, image: ImageTokens) -> Selection:
         hidden = next(values for signal, values in image.signals.items() if not isinstance(signal, KINDS))
