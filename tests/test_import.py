@@ -49,3 +49,7 @@ def test_methods_are_imported_when_asked_for() -> None:
 def test_every_method_has_its_name_in_the_package() -> None:
     assert {cls.__name__ for cls in vlprune.methods().values()} | {"chain"} <= set(vlprune.__all__) <= set(dir(vlprune))
     assert all(getattr(vlprune, name) is not None for name in vlprune.__all__)
+
+
+def test_a_function_stays_one_where_a_module_has_its_name() -> None:
+    assert python("import vlprune; vlprune.HiRED; print(type(vlprune.chain).__name__)") == "function"

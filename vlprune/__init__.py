@@ -161,7 +161,8 @@ def __getattr__(name: str) -> Any:
     """Classes of methods, which are imported when the first of them is asked for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("vlprune.methods"), name)
+    # Not from vlprune.methods, where a submodule may have the name of what it defines: chain.
+    return getattr(import_module("vlprune.methods.builtin"), name)
 
 
 def __dir__() -> list[str]:
