@@ -13,7 +13,7 @@ from transformers import BatchFeature
 
 import vlprune
 from tests import zoo
-from vlprune.api import DEFAULT_BUDGET, DEFAULT_METHOD
+from vlprune import presets
 from vlprune.evals import synthvqa, tinyvlm
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed; `make env` installs it without its dependencies")
@@ -168,7 +168,7 @@ def test_arguments_become_the_method(arguments: str, method: vlprune.Method):
 
 def test_without_arguments_the_method_is_the_default_of_apply():
     assert load("").method == vlprune.HiRED(budget=0.4)
-    assert (DEFAULT_METHOD, DEFAULT_BUDGET) == ("hired", 0.4)
+    assert presets.preset(presets.CLS).make() == vlprune.HiRED(budget=0.4)
 
 
 @pytest.mark.parametrize(

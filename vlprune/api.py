@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
-from vlprune.errors import NotAppliedError
+from vlprune import presets
+from vlprune.config import read
+from vlprune.errors import NotAppliedError, OptionError
 from vlprune.method import Method, make
 from vlprune.report import Report
 
@@ -22,22 +26,28 @@ if TYPE_CHECKING:
     from vlprune.engine.vit import VitPatch
     from vlprune.engine.vit.report import VitReport
 
-DEFAULT_METHOD, DEFAULT_BUDGET = "hired", 0.4
-"""What ``apply(model)`` does with a vision-language model."""
-VIT_METHOD, VIT_BUDGET = "tome", 0.5
-"""What it does with a vision transformer on its own."""
-
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def apply(model: Model, method: str | Method | type[Method] | None = None, **options: Any) -> Model:
+def apply(
+    model: Model,
+    method: str | Method | type[Method] | None = None,
+    *,
+    config: str | Path | None = None,
+    preset: str | None = None,
+    **options: Any,
+) -> Model:
     """Prunes the visual tokens of ``model`` from now on; returns the same ``model``.
 
     Args:
         model: a vision-language model of transformers, see :func:`supported_models`, or a vision transformer on its own
             (ViT, CLIP, SigLIP, DINOv2); PEFT and compiled wrappers are looked through. A model that is pruned already gets
             the new method instead.
-        method: a method's name, see :func:`vlprune.methods`, its class, or an object of it. Default: the measured one.
+        method: a method's name, see :func:`vlprune.methods`, its class, or an object of it.
+        config: in its place, a JSON file of a method's settings, as ``vlprune calibrate`` writes it, or the name of one that
+            comes with vlprune: ``"tinyvlm-hired"``.
+        preset: in its place, ``"quality"``, ``"balanced"`` or ``"fast"``: what measurements recommend for this kind of model,
+            see :mod:`vlprune.presets`. Without any of the three: ``"balanced"``.
         **options: the method's knobs; ``budget`` is the one that all have.
 
     Raises:
@@ -46,7 +56,7 @@ def apply(model: Model, method: str | Method | type[Method] | None = None, **opt
     from vlprune.engine.patch import forget_compiled
 
     inner = _unwrapped(model)
-    _patch(inner, method, options).install()
+    _patch(inner, _named(method, config, preset), options).install()
     forget_compiled(model)
     return model
 
@@ -67,7 +77,10 @@ def remove(model: Model) -> Model:
 
 @contextmanager
 def applied(model: Model, method: str | Method | type[Method] | None = None, **options: Any) -> Iterator[Model]:
-    """``with applied(model, ...):`` prunes inside the block; a method applied before is back in place after it."""
+    """``with applied(model, ...):`` prunes inside the block; a method applied before is back in place after it.
+
+    Its arguments are those of :func:`apply`.
+    """
     from vlprune.engine.patch import forget_compiled, patch_of, uninstall
 
     inner = _unwrapped(model)
@@ -108,7 +121,41 @@ def supported_models() -> list[Family]:
     return families()
 
 
-def _patch(model: Any, method: str | Method | type[Method] | None, options: dict[str, Any]) -> Patch | VitPatch:
+def chosen(model: nn.Module, preset: str | None = None, **options: Any) -> Method:
+    """The method that :func:`apply` takes where none is named."""
+    from vlprune.engine.family import family_of
+    from vlprune.engine.vit import architecture_of
+
+    supported_models()
+    model = _unwrapped(model)
+    if architecture_of(model) is not None:
+        kind = presets.VIT
+    else:
+        kind = presets.CLS if family_of(model).parts(model).has_cls else presets.PLAIN
+    return presets.preset(kind, preset).make(**options)
+
+
+@dataclass(frozen=True)
+class _Preset:
+    """Stands for a method until the model is known."""
+
+    name: str | None
+
+
+def _named(
+    method: str | Method | type[Method] | None, config: str | Path | None, preset: str | None
+) -> str | Method | type[Method] | _Preset:
+    """The one of the three that was given."""
+    given = {"method": method, "config": config, "preset": preset}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise OptionError(f"{' and '.join(named)} each name a method; give one of them")
+    if config is not None:
+        return read(config)
+    return _Preset(preset) if method is None else method
+
+
+def _patch(model: Any, method: str | Method | type[Method] | _Preset, options: dict[str, Any]) -> Patch | VitPatch:
     from vlprune.blocks import BlockMethod
     from vlprune.engine.family import family_of
     from vlprune.engine.patch import Patch
@@ -116,12 +163,11 @@ def _patch(model: Any, method: str | Method | type[Method] | None, options: dict
 
     supported_models()
     architecture = architecture_of(model)
-    if method is None:
-        name, budget = (DEFAULT_METHOD, DEFAULT_BUDGET) if architecture is None else (VIT_METHOD, VIT_BUDGET)
-        method, options = name, {"budget": budget, **options}
+    family = family_of(model) if architecture is None else None
+    made = chosen(model, method.name, **options) if isinstance(method, _Preset) else make(method, **options)
     if architecture is not None:
-        return VitPatch(model, architecture, make(method, **options))
-    family, made = family_of(model), make(method, **options)
+        return VitPatch(model, architecture, made)
+    assert family is not None
     return tower_patch(model, family, made) if isinstance(made, BlockMethod) else Patch(model, family, made)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from vlprune.budget import Budget
+from vlprune.config import read
 from vlprune.errors import BudgetError, OptionError
 from vlprune.method import Method, make
 
@@ -25,7 +26,8 @@ BUDGETS = "0.4,0.2,0.1"
 class Setting:
     """A method at a budget; the method ``none`` is the model without any patch, at budget 1.0.
 
-    ``method`` is a name as it was written, options in brackets: ``fastv[layer=1]``.
+    ``method`` is a name as it was written, options in brackets: ``fastv[layer=1]``; ``hired[config=tinyvlm-hired]`` takes them
+    from a file, or from settings that come with vlprune.
     """
 
     method: str
@@ -43,7 +45,12 @@ class Setting:
 
     def make(self) -> Method:
         """The method; raises what ``vlprune.apply`` raises where it is unknown, or an option or the budget is not allowed."""
-        return make(self.name, **{**options_of(self.method), "budget": self.budget})
+        options = options_of(self.method)
+        config = options.pop("config", None)
+        base = self.name if config is None else read(config)
+        if isinstance(base, Method) and base.name != self.name:
+            raise OptionError(f"{self.method}: this config is of {base.name}; write {base.name}[config={config}]")
+        return make(base, **{**options, "budget": self.budget})
 
 
 def parse(methods: str, budgets: str) -> list[Setting]:

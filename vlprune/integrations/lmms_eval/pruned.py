@@ -14,7 +14,8 @@ from lmms_eval.api.model import lmms
 from loguru import logger
 
 import vlprune
-from vlprune.api import DEFAULT_BUDGET, DEFAULT_METHOD
+from vlprune import presets
+from vlprune.api import chosen
 from vlprune.method import make
 
 UNPRUNED = "none"
@@ -42,6 +43,8 @@ class Pruned(lmms):
             # The default of LlavaHf, which transformers refuses. With several processes LlavaHf itself fills in the device.
             theirs["device_map"] = theirs.get("device_map") or theirs.get("device", own["device"].default)
         super().__init__(**theirs)
+        if method is None:
+            self.method = chosen(self.model, **options)  # pyright: ignore[reportAttributeAccessIssue]
         if self.method is not None:
             vlprune.apply(self.model, self.method)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -100,7 +103,8 @@ def _method(method: str | None, options: dict[str, Any]) -> vlprune.Method | Non
             raise vlprune.OptionError(f"method={UNPRUNED} is the model as it is; it takes no {', '.join(options)}")
         return None
     if method is None:
-        method, options = DEFAULT_METHOD, {"budget": DEFAULT_BUDGET, **options}
+        # Which one it is the model decides; the budget is an option of all.
+        return presets.preset(presets.PLAIN).make(**options)
     if method.startswith("{"):
         return make(_from_json(method), **options)
     known = vlprune.methods().get(method)

@@ -1,0 +1,39 @@
+"""Settings of methods from JSON files: those that ``vlprune calibrate`` wrote, and those that come with vlprune."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vlprune.errors import OptionError
+from vlprune.method import Method, from_dict
+
+FOLDER = Path(__file__).parent / "configs"
+"""Settings that were calibrated for TinyVLM and its sibling, ``MODEL-METHOD.json``."""
+
+
+def shipped() -> list[str]:
+    """Names that :func:`read` takes beside paths."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def read(config: str | Path) -> Method:
+    """The method of a JSON file, or of a name in :func:`shipped`.
+
+    The file holds what ``Method.to_dict()`` gives, alone or, beside what else there is to tell, under ``settings``.
+
+    Raises:
+        OptionError: there is no such file or name, or it holds something else.
+    """
+    path = FOLDER / f"{config}.json" if str(config) in shipped() else Path(config)
+    if not path.is_file():
+        raise OptionError(f"config={str(config)!r}: no such file; those that come with vlprune: {', '.join(shipped())}")
+    try:
+        data: Any = json.loads(path.read_text())
+        settings = data.get("settings", data)
+        if not isinstance(settings.get("method"), str):
+            raise OptionError(f"config={str(config)!r} names no method; allowed is the JSON of a method's to_dict()")
+    except (ValueError, AttributeError) as error:
+        raise OptionError(f"config={str(config)!r} is no JSON of a method's settings: {error}") from error
+    return from_dict(settings)

@@ -1,0 +1,61 @@
+"""What ``vlprune.apply(model)`` does: the methods that measurements recommend, by kind of model.
+
+docs/choosing.md shows this table beside the measured numbers; docs/publish.py makes it. After a new measurement look there
+whether a choice still holds, and change it here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vlprune.errors import OptionError
+from vlprune.method import Method, make
+
+CLS, PLAIN, VIT = "vlm with [CLS]", "vlm without [CLS]", "vision transformer"
+"""Vision-language models whose image encoder has [CLS] (CLIP: LLaVA, LLaVA-NeXT; InternVL), those whose encoder has none
+(SigLIP, Qwen's), and vision transformers on their own."""
+
+MEASURED_ON = {CLS: "TinyVLM", PLAIN: "TinyVLM-Qwen"}
+"""Kind of model -> the model whose published results are the evidence."""
+DEFAULT = "balanced"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """``why``: the rule by which ``method`` was chosen at ``budget`` from the published results."""
+
+    method: str
+    budget: float
+    why: str
+
+    def make(self, **options: object) -> Method:
+        """The method; ``options`` as for :func:`vlprune.apply`."""
+        return make(self.method, **{"budget": self.budget, **options})
+
+
+LEAST = "loses least of all; the prefill stays whole, the cache is cut"
+QUICKEST = "the shortest prefill among methods that the interval of the most accurate one does not tell from it"
+BEST = "the most accurate of the methods that shorten the prefill"
+
+PRESETS: dict[str, dict[str, Preset]] = {
+    CLS: {
+        "quality": Preset("snapkv", 0.4, LEAST),
+        "balanced": Preset("hired", 0.4, QUICKEST),
+        "fast": Preset("hired", 0.2, QUICKEST),
+    },
+    PLAIN: {
+        "quality": Preset("snapkv", 0.4, LEAST),
+        "balanced": Preset("divprune", 0.4, BEST),
+        "fast": Preset("divprune", 0.2, BEST),
+    },
+    VIT: {"balanced": Preset("tome", 0.5, "published as the one that needs no [CLS] and no training")},
+}
+
+
+def preset(kind: str, name: str | None = None) -> Preset:
+    """The preset of a kind of model; raises :class:`OptionError` where it has none of that name."""
+    known = PRESETS[kind]
+    name = DEFAULT if name is None else name
+    if name not in known:
+        raise OptionError(f"preset={name!r}: a {kind} has {', '.join(map(repr, known))}")
+    return known[name]
