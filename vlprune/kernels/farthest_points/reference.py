@@ -75,7 +75,8 @@ class Cosines:
             rows = rows * scale[..., None]
         else:  # halves would be rounded once more
             self.scale = scale.masked_fill(~self.known, 0)
-        self.rows = rows.masked_fill(~self.known[..., None], 0)
+            rows = rows.clone()
+        self.rows = rows.masked_fill_(~self.known[..., None], 0)
 
     def _between(self, rows: Tensor, scale: Tensor | None) -> Tensor:
         """``(B, M, N)`` of some ``rows (B, M, D)``, whose inverse norms are ``scale (B, M)``, with all points."""
