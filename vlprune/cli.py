@@ -18,7 +18,7 @@ COMMANDS = {
     "eval-vit": ("vlprune.evals.tinyvit.command:evaluate", "Measures methods for vision transformers with TinyViT."),
     "report": ("vlprune.evals.commands:report", "Makes tables and pictures from the rows of runs."),
     "recipe": ("vlprune.evals.recipes.commands:recipe", "Tells what to run for a main table of the field."),
-    "calibrate": ("vlprune.calibrate.command:calibrate", "Finds a method's settings for a model on your own pictures."),
+    "calibrate": ("vlprune.calibrate.command:calibrate", "Finds a method's settings for a model on your own data."),
     "bench": ("vlprune.bench.commands:app", "Measures speed: of operations, of models under methods and budgets."),
 }
 """Name -> the function or the typer application that it stands for, and a line for ``vlprune --help``."""

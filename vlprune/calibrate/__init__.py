@@ -1,5 +1,6 @@
-"""Finds a method's settings for a model on the user's own data: ``vlprune calibrate``, and :func:`diffrate` behind it."""
+"""Finds a method's settings for a model on the user's own data: ``vlprune calibrate``, and what is behind it."""
 
 from vlprune.calibrate.diffrate import diffrate
+from vlprune.calibrate.search import knobs
 
-__all__ = ["diffrate"]
+__all__ = ["diffrate", "knobs"]

@@ -9,45 +9,124 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from vlprune.errors import UnsupportedMethodError, VLPruneError
-from vlprune.terminal import clear_errors
+from vlprune.errors import VLPruneError
+from vlprune.terminal import INTERRUPTED, clear_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-METHODS = ("diffrate",)
+    from vlprune.calibrate.search import Found
+
+DIFFRATE = "diffrate"
 TINYVIT = "tinyvit"
+SYNTHVQA = "synthvqa[split=train]"
+SAMPLES, ANSWER_TOKENS = 64, 8
 
 
 @clear_errors
 def calibrate(
-    model: Annotated[str, typer.Argument(help="'tinyvit', or an image classifier's hub id or folder.")],
-    images: Annotated[
+    model: Annotated[
+        str, typer.Argument(help="'tinyvlm', 'tinyvlm-qwen', or a hub id or folder; with diffrate an image classifier's.")
+    ],
+    data: Annotated[
         Path | None,
         typer.Argument(
-            help="Folder of pictures; where their folders bear the names of the model's classes, those are their labels. "
-            "For tinyvit by default pictures of its own."
+            help="Your questions: a JSONL or parquet file with images, questions and answers, or a folder with one; by "
+            "default SynthVQA's training split. With diffrate a folder of pictures, in folders named like classes if need be."
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help=f"What is calibrated: {', '.join(METHODS)}.")] = "diffrate",
-    budget: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of token-layers to be left.")] = 0.5,
-    steps: Annotated[int, typer.Option(min=1, help="Batches to learn from.")] = 300,
+    method: Annotated[str, typer.Option(help="What is calibrated: a method with knobs, or diffrate.")] = DIFFRATE,
+    budget: Annotated[
+        str, typer.Option(help="Share of visual tokens (0.2), or their count (64); with diffrate share of token-layers.")
+    ] = "0.5",
+    trials: Annotated[int, typer.Option(min=1, help="Settings to try, those of earlier runs counted.")] = 60,
+    samples: Annotated[int, typer.Option(min=1, help="Questions to try them on.")] = SAMPLES,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer to look at.")] = ANSWER_TOKENS,
+    steps: Annotated[int, typer.Option(min=1, help="With diffrate: batches to learn from.")] = 300,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    out: Annotated[Path, typer.Option(help="JSON file of the method's settings; a run that was cut off goes on.")] = Path(
-        "diffrate.json"
-    ),
+    seed: Annotated[int, typer.Option(help="Of what is tried.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file of the settings, MODEL-METHOD.json by default; a run cut off goes on.")
+    ] = None,
     device: Annotated[str, typer.Option(help="'cpu', 'cuda', or 'auto': a GPU if there is one.")] = "auto",
 ) -> None:
-    """Finds a method's settings for a model on your own pictures; vlprune.from_dict reads what it writes.
+    """Finds the settings of a method that change a model's answers least, at the same budget, on your own data.
 
-    Example: vlprune calibrate google/vit-base-patch16-224 photos/ --budget 0.5
+    vlprune.apply(model, config=FILE) takes what it writes, at any time: it is the best so far.
+
+    Example: vlprune calibrate tinyvlm --method hired --budget 0.2
     """
-    if method not in METHODS:
-        raise UnsupportedMethodError(f"{method!r} has nothing to calibrate; those that do: {', '.join(METHODS)}")
+    from vlprune.evals.settings import budget_of
+
+    share = budget_of(budget)
+    out = out or Path(f"{Path(model).name}-{method}.json")
+    console = Console(highlight=False)
+    if method == DIFFRATE:
+        _learn(console, model, data, float(share), steps, batch_size, out, device)
+        return
+    from vlprune.calibrate import search
+
+    search.check(method, share)
+    console.print(f"Loading {escape(model)} and questions.")
+    loaded, batches, notes = _asked(model, data, samples, answer_tokens, batch_size, device)
+    console.print(f"{notes['samples']} questions of {escape(notes['data'])}: first the answers of the model as it is.")
+    try:
+        found = search.knobs(
+            loaded,
+            batches,
+            method,
+            out,
+            budget=share,
+            trials=trials,
+            answer_tokens=answer_tokens,
+            seed=seed,
+            notes=notes,
+            progress=lambda found: console.print(f"[dim]trial {found.trials} of {trials}: {_compared(found)}[/dim]"),
+        )
+    except KeyboardInterrupt:
+        kept = f"{out} has the best so far" if out.exists() else "nothing was found yet"
+        console.print(f"\nInterrupted: {escape(kept)}. The same command goes on from there.")
+        raise typer.Exit(INTERRUPTED) from None
+    _conclude(console, found, out)
+
+
+# ------------------------------------------------------------------ knobs of methods for vision-language models
+
+
+def _asked(
+    model: str, data: Path | None, samples: int, answer_tokens: int, batch_size: int, device: str
+) -> tuple[Any, list[Any], dict[str, Any]]:
+    """The model, its inputs for batches of questions, and what there is to tell of both."""
+    from vlprune.evals import loading
+    from vlprune.evals.answering import make_inputs
+    from vlprune.evals.processes import Processes
+
+    chosen = loading.find_all(str(data) if data else SYNTHVQA, model)
+    (task,) = loading.tasks(chosen, model, batch_size, samples, answer_tokens)
+    loaded = loading.model(model, Processes.join(device).device)
+    batches = [make_inputs(loaded.model, loaded.processor, batch) for batch in task.batches]
+    return loaded.model, batches, {"model": loaded.name, "data": task.benchmark.version, "samples": len(task.examples)}
+
+
+def _conclude(console: Console, found: Found, out: Path) -> None:
+    if found.loss == found.default:
+        console.print(f"None of {found.trials} trials is better than the defaults, which {escape(str(out))} has now.")
+    console.print(f"{escape(str(found.method))}: {_compared(found)}; written to {escape(str(out))}")
+
+
+def _compared(found: Found) -> str:
+    return f"states are {found.loss:.4f} apart (1 - cosine), {found.default:.4f} with the defaults"
+
+
+# ------------------------------------------------------------------ DiffRate, for image classifiers
+
+
+def _learn(
+    console: Console, model: str, images: Path | None, budget: float, steps: int, batch_size: int, out: Path, device: str
+) -> None:
     from vlprune.calibrate.diffrate import diffrate
 
-    console = Console(highlight=False)
-    loaded, batches = _loaded(model, images, batch_size, device)
+    loaded, batches = _classifier(model, images, batch_size, device)
 
     def say(step: int, statistics: dict[str, float]) -> None:
         if step == 1 or step % 10 == 0 or step == steps:
@@ -62,7 +141,7 @@ def calibrate(
     console.print(f"written to {escape(str(out))}")
 
 
-def _loaded(model: str, images: Path | None, batch_size: int, device: str) -> tuple[Any, Iterable[Any]]:
+def _classifier(model: str, images: Path | None, batch_size: int, device: str) -> tuple[Any, Iterable[Any]]:
     """The model, and batches for it."""
     import torch
     from transformers import AutoImageProcessor, AutoModelForImageClassification

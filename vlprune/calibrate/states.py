@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -59,10 +59,11 @@ def _noted(model: Any) -> Iterator[list[Tensor]]:
 
 
 def answered(model: Any, inputs: Any, steps: int) -> Answered:
-    """What the model says to a batch in at most ``steps`` tokens, and its states at each of them."""
-    answer, states = _generated(model, inputs, steps)
+    """What the unpruned model says to a batch in at most ``steps`` tokens, and its states at each of them."""
+    with vlprune.applied(model, "uniform", budget=1.0):  # in place of what may be applied; it changes nothing
+        answer, states = _generated(model, inputs, steps)
     ends = model.generation_config.eos_token_id
-    ended = torch.isin(answer, torch.tensor([] if ends is None else ends, device=answer.device)).long()
+    ended = torch.isin(answer, torch.tensor([] if ends is None else ends, dtype=answer.dtype, device=answer.device)).long()
     return Answered(inputs, answer, states, (ended.cumsum(1) - ended == 0).T)
 
 
@@ -83,7 +84,3 @@ def _generated(model: Any, inputs: Any, steps: int, processors: Any = None) -> t
     with torch.inference_mode(), _noted(model) as states:
         said = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=steps, logits_processor=processors)
     return said[:, inputs["input_ids"].shape[1] :], torch.stack(states)
-
-
-def references(model: Any, batches: Sequence[Any], steps: int) -> list[Answered]:
-    return [answered(model, inputs, steps) for inputs in batches]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vlprune.errors import OptionError
-from vlprune.image import ImageTokens, top
+from vlprune.image import ImageTokens, ModelShape, top
 from vlprune.kernels import bipartite_match
+from vlprune.knobs import Draw
 from vlprune.method import Merge, Method, Selection, register
 
 
@@ -42,6 +43,10 @@ class ApET(Method):
         super().__post_init__()
         if type(self.basis) is not int or self.basis < 1:
             raise OptionError(f"basis={self.basis!r}: allowed is an int >= 1")
+
+    @classmethod
+    def knobs(cls, draw: Draw, shape: ModelShape) -> dict[str, Any]:
+        return {"basis": draw.whole("basis", 1, 64)}
 
     def select(self, image: ImageTokens) -> Selection:
         rows, count = image.features.float().nan_to_num(), image.count

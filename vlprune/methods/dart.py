@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from torch.nn.functional import normalize
 
 from vlprune.budget import apportion
 from vlprune.errors import OptionError
-from vlprune.image import LayerTokens, top
+from vlprune.image import LayerTokens, ModelShape, top
+from vlprune.knobs import Draw
 from vlprune.method import Selection, register
 from vlprune.methods.staged import StagedMethod
 from vlprune.signals import Hidden, Keys
@@ -49,6 +50,11 @@ class DART(StagedMethod):
             raise OptionError(
                 f"image_pivots={self.image_pivots!r}, text_pivots={self.text_pivots!r}: at least one visual pivot is needed"
             )
+
+    @classmethod
+    def knobs(cls, draw: Draw, shape: ModelShape) -> dict[str, Any]:
+        pivots = {"image_pivots": draw.whole("image_pivots", 1, 12), "text_pivots": draw.whole("text_pivots", 0, 8)}
+        return super().knobs(draw, shape) | pivots
 
     def prefill(self, tokens: LayerTokens) -> Selection:
         lengths = tokens.rows(KEYS).abs().sum((0, 2))  # (n,): of all rows

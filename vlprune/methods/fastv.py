@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from vlprune import budget as budgets
 from vlprune.errors import OptionError
 from vlprune.image import ImageLayout, LayerTokens, ModelShape, top
+from vlprune.knobs import Draw
 from vlprune.method import Method, Plan, Selection, register
 from vlprune.signals import QueryAttention
 
@@ -50,6 +51,10 @@ class FastV(Method):
             )
         if self.keep is not None:
             budgets.check(self.keep)
+
+    @classmethod
+    def knobs(cls, draw: Draw, shape: ModelShape) -> dict[str, Any]:
+        return {"layer": draw.whole("layer", 1, shape.text_layers - 1)}
 
     def plan(self, layout: ImageLayout, shape: ModelShape) -> Plan:
         total = layout.total

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vlprune.errors import OptionError
-from vlprune.image import ImageLayout, LayerTokens, remembered, top
+from vlprune.image import ImageLayout, LayerTokens, ModelShape, remembered, top
+from vlprune.knobs import Draw
 from vlprune.method import Selection, register
 from vlprune.methods.staged import StagedMethod, best
 from vlprune.signals import QueryAttention
@@ -45,6 +46,10 @@ class FEATHER(StagedMethod):
         super().__post_init__()
         if self.stride < 1:
             raise OptionError(f"stride={self.stride!r}: allowed is a number of rows and columns from 1 on")
+
+    @classmethod
+    def knobs(cls, draw: Draw, shape: ModelShape) -> dict[str, Any]:
+        return super().knobs(draw, shape) | {"stride": draw.whole("stride", 1, 5)}
 
     def prefill(self, tokens: LayerTokens) -> Selection:
         weights = tokens[LAST][:, 0]  # (heads, N)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vlprune.errors import OptionError
 from vlprune.image import ImageLayout, ImageTokens, ModelShape, remembered, top
+from vlprune.knobs import Draw
 from vlprune.method import Method, Selection, register
 from vlprune.methods.grids import with_separators
 from vlprune.methods.salience import KINDS, attention_signal, best_of_tiles, in_picture, number_or_lowest, ranks
@@ -48,6 +49,10 @@ class GlobalCom2(Method):
         super().__post_init__()
         if not 0.0 < self.temperature < float("inf"):
             raise OptionError(f"temperature={self.temperature!r}: allowed is a number above 0")
+
+    @classmethod
+    def knobs(cls, draw: Draw, shape: ModelShape) -> dict[str, Any]:
+        return {"temperature": draw.number("temperature", 0.5, 40.0)}
 
     def wants(self, shape: ModelShape) -> tuple[Signal, ...]:
         return (attention_signal(shape, shape.vision_layers - 1),)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vlprune.errors import OptionError
 from vlprune.image import ImageTokens, ModelShape, remembered, top
+from vlprune.knobs import Draw
 from vlprune.method import Method, Mixture, Selection, register
 from vlprune.methods.grids import with_separators
 from vlprune.methods.salience import as_one_head, attention_signal, in_picture, rows_of, tiles_alike
@@ -54,6 +55,10 @@ class PruMerge(Method):
     @property
     def adaptive(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.outliers
+
+    @classmethod
+    def knobs(cls, draw: Draw, shape: ModelShape) -> dict[str, Any]:
+        return {"neighbours": draw.whole("neighbours", 0, 64), "spatial": draw.number("spatial", 0.0, 1.0)}
 
     def wants(self, shape: ModelShape) -> tuple[Signal, ...]:
         last = shape.vision_layers - 1

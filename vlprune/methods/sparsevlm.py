@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vlprune.errors import OptionError
-from vlprune.image import LayerTokens, top
+from vlprune.image import LayerTokens, ModelShape, top
+from vlprune.knobs import Draw
 from vlprune.method import Merge, Selection, register
 from vlprune.methods.staged import StagedMethod
 from vlprune.signals import Hidden, QueryAttention
@@ -47,6 +48,10 @@ class SparseVLM(StagedMethod):
         super().__post_init__()
         if not 0.0 <= self.recycle <= 1.0:
             raise OptionError(f"recycle={self.recycle!r}: allowed is a share from 0 to 1")
+
+    @classmethod
+    def knobs(cls, draw: Draw, shape: ModelShape) -> dict[str, Any]:
+        return super().knobs(draw, shape) | {"recycle": draw.number("recycle", 0.0, 1.0)}
 
     def prefill(self, tokens: LayerTokens) -> Selection:
         if RATERS not in tokens.notes:

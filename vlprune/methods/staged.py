@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from vlprune import budget as budgets
 from vlprune.errors import OptionError
 from vlprune.image import ImageLayout, LayerTokens, ModelShape, top
+from vlprune.knobs import Draw, ascending, falling
 from vlprune.method import Method, Plan, Selection
 from vlprune.signals import QueryAttention
 
@@ -31,6 +32,8 @@ class StagedMethod(Method):
     ``keep``: tokens of an image (int), or fractions of them (float), from each of ``layers`` on, none above the one before;
     ``budget`` does not count then. None: the published ratios, all raised to the power at which the mean over the LLM's
     layers is the budget.
+    ``split``: shares in place of the published ratios, one for each of ``layers``, none above the one before. What counts
+    is how they fall, since they are raised to a power, too.
     """
 
     published: ClassVar[dict[int, float]]
@@ -41,6 +44,7 @@ class StagedMethod(Method):
     budget: int | float = 0.5
     layers: Sequence[int] | None = None
     keep: Sequence[int | float] | None = None
+    split: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,6 +57,28 @@ class StagedMethod(Method):
             stages = len(self.layers or self.published)
             if len(self.keep) != stages:
                 raise OptionError(f"keep={self.keep!r}: {stages} numbers are wanted, one for each of the layers")
+        if self.split is not None:
+            self.split = tuple(self.split)
+            self._check_split(self.split, len(self.layers or self.published))
+
+    def _check_split(self, split: Sequence[float], stages: int) -> None:
+        fall = list(split) == sorted(split, reverse=True) and all(0.0 < share <= 1.0 for share in split)
+        if len(split) != stages or not fall:
+            raise OptionError(
+                f"split={split!r}: {stages} shares in (0, 1] are wanted, one for each layer, none above the last"
+            )
+        if self.keep is not None:
+            raise OptionError(
+                f"keep={self.keep!r}, split={split!r}: keep says how many tokens stay, so there is nothing to split"
+            )
+
+    @classmethod
+    def knobs(cls, draw: Draw, shape: ModelShape) -> dict[str, Any]:
+        stages = min(len(cls.published), shape.text_layers - 1)
+        return {
+            "layers": ascending(draw, "layers", stages, 1, shape.text_layers - 1),
+            "split": falling(draw, "split", stages),
+        }
 
     def starts(self, depth: int) -> list[int]:
         """``layers`` of an LLM of ``depth`` layers."""
@@ -87,9 +113,9 @@ class StagedMethod(Method):
         return dict(zip(exponents, counts[1:], strict=True))
 
     def _exponents(self) -> list[float]:
-        """Of ``layers``: those of the published ratios; equal factors where there are more or fewer layers than published."""
-        ratios = list(self.published.values())
-        if self.layers is not None and len(self.layers) != len(ratios):
+        """Of ``layers``: those of the ratios; equal factors where there are more or fewer layers than published."""
+        ratios = list(self.published.values()) if self.split is None else self.split
+        if self.split is None and self.layers is not None and len(self.layers) != len(ratios):
             return list(range(1, len(self.layers) + 1))
         return [-math.log2(ratio) for ratio in ratios]
 

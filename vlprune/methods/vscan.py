@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from vlprune.budget import apportion
 from vlprune.errors import OptionError
 from vlprune.image import ImageLayout, ImageTokens, LayerTokens, ModelShape, remembered, top
 from vlprune.kernels import bipartite_match
+from vlprune.knobs import Draw
 from vlprune.method import Merge, Method, Plan, Selection, register
 from vlprune.methods.grids import with_separators
 from vlprune.methods.salience import attention_signal, equal_shares, in_picture
@@ -58,6 +59,15 @@ class VScan(Method):
             raise OptionError(f"layer={self.layer!r}: allowed is an LLM layer from 1 on, or None for half of the layers")
         if not 0.0 < self.keep <= 1.0:
             raise OptionError(f"keep={self.keep!r}: allowed is a fraction in (0, 1] of the tokens that enter")
+
+    @classmethod
+    def knobs(cls, draw: Draw, shape: ModelShape) -> dict[str, Any]:
+        return {
+            "window": draw.whole("window", 2, 12),
+            "local": draw.whole("local", 0, shape.feature_layer),
+            "layer": draw.whole("layer", 1, shape.text_layers - 1),
+            "keep": draw.number("keep", 0.1, 1.0),
+        }
 
     def wants(self, shape: ModelShape) -> tuple[Signal, ...]:
         blocks = {min(self.local, shape.feature_layer), shape.feature_layer}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vlprune.errors import OptionError
 from vlprune.image import ImageTokens, ModelShape
+from vlprune.knobs import Draw
 from vlprune.method import Method, Selection, register
 from vlprune.methods.grids import with_separators
 from vlprune.methods.salience import attention_of, attention_signal, best_of_tiles
@@ -38,6 +39,10 @@ class VTCCLS(Method):
         whole = isinstance(self.layer, int) and not isinstance(self.layer, bool) and self.layer >= 0
         if not whole and not (isinstance(self.layer, float) and 0 < self.layer < 1):
             raise OptionError(f"layer={self.layer!r}: allowed is a block >= 0 (int) or a fraction of the depth in (0, 1)")
+
+    @classmethod
+    def knobs(cls, draw: Draw, shape: ModelShape) -> dict[str, Any]:
+        return {"layer": draw.whole("layer", 0, shape.feature_layer)}
 
     def wants(self, shape: ModelShape) -> tuple[Signal, ...]:
         first = self.layer if isinstance(self.layer, int) else round(self.layer * shape.vision_layers)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from vlprune.image import ModelShape
+from vlprune.knobs import Draw
 from vlprune.method import register
 from vlprune.methods.kv.policy import CachePolicy, positive
 from vlprune.signals import AttentionColumns
@@ -35,6 +37,10 @@ class SnapKV(CachePolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive("window", self.window, "number of text tokens")
+
+    @classmethod
+    def knobs(cls, draw: Draw, shape: ModelShape) -> dict[str, Any]:
+        return {"window": draw.whole("window", 1, 64), "kernel": draw.choice("kernel", (1, 3, 5, 7, 9))}
 
     def votes(self, layer: int) -> AttentionColumns:
         return AttentionColumns(layer, queries=self.window)
