@@ -8,7 +8,7 @@ upstream go on working.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,44 +17,17 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from vlprune.engine import cache as caches
+from vlprune.engine.choosing import Chosen, asks, choose
 from vlprune.engine.devices import to_device
-from vlprune.engine.family import IMAGE, MODALITIES, SEAMS, VIDEO, Parts
+from vlprune.engine.family import MODALITIES, SEAMS, VIDEO, Parts
 from vlprune.engine.features import features_of, put_together, restored, taken_apart, with_features
-from vlprune.engine.merging import merged
-from vlprune.engine.steps import Clock, Step
 from vlprune.engine.vision import Track, VisionHooks
-from vlprune.errors import BudgetError, UnsupportedMethodError, VLPruneError
+from vlprune.errors import UnsupportedMethodError, VLPruneError
 from vlprune.image import ImageLayout, ImageTokens, centres
-from vlprune.method import Method, Plan
+from vlprune.method import Method
 
 CHOICE = "_vlprune_choice"
 """Attribute of an encoder's output: what was chosen for its images."""
-
-
-@dataclass(eq=False)
-class Chosen:
-    """What was chosen for one image before the LLM.
-
-    ``keep (T,)`` on the device, None for all; ``grid`` the encoder saw a tile at; ``plan`` the counts of the stages to come;
-    ``steps`` what was done; ``notes`` what the method wants to see again in later stages.
-    """
-
-    layout: ImageLayout
-    keep: Tensor | None
-    grid: tuple[int, int]
-    plan: Plan
-    steps: list[Step] = field(default_factory=list)
-    notes: dict[str, Tensor] = field(default_factory=dict)
-    kind: int = IMAGE
-
-    @property
-    def kept(self) -> int:
-        return self.layout.total if self.keep is None else self.keep.shape[0]
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing happens to the image at any stage."""
-        return self.keep is None and not self.plan.prefill and not self.plan.cached
 
 
 class ImageFeatures:
@@ -189,7 +162,7 @@ class EncoderHooks:
     def _run(self, kind: int, arguments: dict[str, Any]) -> tuple[Any, list[Chosen]]:
         layouts = self.parts.family.seams[kind](self.model, arguments)
         plans = [self.method.plan(layout, self.parts.shape) for layout in layouts]
-        asked = any(map(self._asks, layouts, plans))
+        asked = any(map(partial(asks, self.method), layouts, plans))
         if asked:
             caches.check(self.cache)
         if not asked or not {"encode", "select"} & set(self.method.stages):
@@ -208,25 +181,20 @@ class EncoderHooks:
     ) -> tuple[Any, list[Chosen]]:
         """Images that go through the encoder together, their tiles at ``grids``."""
         plans = [self.method.plan(layout, self.parts.shape) for layout in layouts]
-        out, tracks = self._encode(kind, arguments, layouts, grids, [*map(self._asks, layouts, plans)])
+        out, tracks = self._encode(kind, arguments, layouts, grids, [*map(partial(asks, self.method), layouts, plans)])
         tail = self.parts.family.tail
         features = features_of(out)
         images = taken_apart(features, layouts, None if tail is None else tail(self.model))
         chosen, rows = [], []
         for track, plan, grid, image in zip(tracks, plans, grids, images, strict=True):
             tokens = ImageTokens(image, track.layout, plan.entering, track.signals, track.alive, track.notes)
-            choice, image = self._choose(tokens, plan, grid)
+            choice, image = choose(self.method, tokens, plan, grid)
             choice.steps[:0] = track.steps
             chosen.append(choice)
             rows.append(image)
         if any(new is not old for new, old in zip(rows, images, strict=True)):
             out = with_features(out, put_together(features, rows))
         return out, chosen
-
-    def _asks(self, layout: ImageLayout, plan: Plan) -> bool:
-        """Whether the method is asked about an image; where all its tokens are to stay, it is not."""
-        counts = (plan.entering, *plan.prefill.values(), *plan.cached.values())
-        return self.method.adaptive or min(counts) < layout.total
 
     def _encode(
         self,
@@ -269,27 +237,6 @@ class EncoderHooks:
             for place, index in enumerate(members):
                 rows[index], chosen[index] = features[place], choices[place]
         return with_features(out, rows), chosen
-
-    def _choose(self, image: ImageTokens, plan: Plan, grid: tuple[int, int]) -> tuple[Chosen, Tensor]:
-        """The choice for one image, and its features with merged rows in place."""
-        if not self._asks(image.layout, plan):
-            return Chosen(image.layout, None, grid, plan, notes=image.notes), image.features
-        keep, features, steps = image.alive, image.features, []
-        if "select" in self.method.stages:
-            clock = Clock(image.device)
-            with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
-                selection = self.method.select(image)
-            keep, features = selection.keep, merged(image.features, selection)
-            before = image.layout.total if image.alive is None else image.alive.shape[0]
-            steps = [Step("select", None, before, keep, clock.stop())]
-        kept = image.layout.total if keep is None else keep.shape[0]
-        if not self.method.adaptive and kept != image.count:
-            raise BudgetError(
-                f"{type(self.method).__name__} kept {kept} visual tokens where its budget "
-                f"{self.method.budget!r} allows exactly {image.count} of {image.layout.total}; "
-                "a method whose count depends on the image's content says so: adaptive = True"
-            )
-        return Chosen(image.layout, keep, grid, plan, steps, image.notes), features
 
     # ------------------------------------------------------------------ a smaller image for the encoder
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vlprune.engine.choosing import Chosen
 from vlprune.engine.devices import to_device
-from vlprune.engine.encoder import Chosen
 from vlprune.engine.sequence import Image
 from vlprune.errors import VLPruneError
 

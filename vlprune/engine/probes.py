@@ -8,7 +8,7 @@ says which of the rows are its visual tokens'.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -149,13 +149,17 @@ class Probe:
         self.calls = {layer: [] for layer in layers}
         self.open = True
         try:
-            with attention.watching({self.parts.vision_attention(layer): self.calls[layer].append for layer in layers}):
+            with self.noting(layers):
                 yield
         except BaseException:
             self.forget()
             raise
         finally:
             self.open = False
+
+    def noting(self, layers: Iterable[int]) -> AbstractContextManager[None]:
+        """Within it ``calls`` takes what the attention kernel of each of these blocks is called with."""
+        return attention.watching({self.parts.vision_attention(layer): self.calls[layer].append for layer in layers})
 
     def measure(self, places: Sequence[Place], filler: Tensor | None = None) -> None:
         """Measures the blocks that have run since the last time, for images at ``places``.

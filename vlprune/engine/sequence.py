@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vlprune.engine.encoder import Chosen
+from vlprune.engine.choosing import Chosen
 from vlprune.engine.rows import FILLER, right_align
 from vlprune.engine.steps import Step
 
