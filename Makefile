@@ -14,11 +14,13 @@ PIP := bin/pip -qq
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST := bin/pytest -n 2
 VIT_TESTS := tests/vit/test_libraries.py
+VLLM_TESTS := tests/serving
+OTHER_TESTS := $(patsubst %,--ignore=%,$(VIT_TESTS) $(VLLM_TESTS))
 # The ends and the turns of the ranges that are supported, as TIMM_OPENCLIP: before timm's attention took masks and just behind
 # it, open_clip with rows first and with the batch first. The oldest transformers goes with the oldest of both.
 VERSIONS := 0.9.0_2.24.0 1.0.15_2.30.0 1.0.16_3.0.0
 NO_TRANSFORMERS := $(patsubst %,--ignore=tests/evals/test_%.py,benchmarks compare metrics recipes synthvqa vqa_normalisation) \
-	$(patsubst %,--ignore=tests/test_%.py,apet scope vflowopt vscan) \
+	$(patsubst %,--ignore=tests/test_%.py,apet calibrate scope vflowopt vscan) \
 	--ignore=tests/kernels --ignore=tests/test_packaging.py --ignore=tests/test_demo.py --ignore=tests/test_site.py \
 	--deselect tests/test_examples.py::test_what_help_shows_works_as_typed
 
@@ -27,6 +29,7 @@ help:
 	@echo "make run         measure accuracy and speed of the pruning methods on this machine (a table and a picture)"
 	@echo "make test        everything that must hold: style, types, import contracts, and the tests with two transformers"
 	@echo "make test-versions  the tests of timm and open_clip with their older versions, and transformers' oldest"
+	@echo "make test-vllm   the tests with vLLM on the CPU, in an environment of 3.5 GB that this prepares"
 	@echo "make env         the environment .venv that both use"
 	@echo "make env-oldest  the environment .venv-oldest, with the oldest transformers that is supported"
 	@echo "make docs        the site of docs/, in site/"
@@ -48,9 +51,9 @@ run: env
 .PHONY: test
 test: env env-oldest browser env-vit lint types
 	@echo "Tests, with the newest transformers:"
-	@$(TEST_ENV) .venv/$(PYTEST) $(VIT_TESTS:%=--ignore=%) $(PYTEST_ARGS)
+	@$(TEST_ENV) .venv/$(PYTEST) $(OTHER_TESTS) $(PYTEST_ARGS)
 	@echo "The same tests, with the oldest transformers (wheel, kernels, data and metrics do not depend on it):"
-	@$(TEST_ENV) .venv-oldest/$(PYTEST) $(VIT_TESTS:%=--ignore=%) $(NO_TRANSFORMERS) $(PYTEST_ARGS)
+	@$(TEST_ENV) .venv-oldest/$(PYTEST) $(OTHER_TESTS) $(NO_TRANSFORMERS) $(PYTEST_ARGS)
 	@echo "Vision transformers of timm and open_clip:"
 	@$(TEST_ENV) .venv-vit/$(PYTEST) $(VIT_TESTS) $(PYTEST_ARGS)
 	@echo "All checks passed."
@@ -62,6 +65,11 @@ test-versions: env env-oldest $(VERSIONS:%=test-version-%)
 test-version-%: .venv-versions/%/.installed
 	@echo "$(subst _, and open_clip ,timm $*):"
 	@$(TEST_ENV) .venv-versions/$*/$(PYTEST) $(VIT_TESTS) $(PYTEST_ARGS)
+
+.PHONY: test-vllm
+test-vllm: .venv-vllm/.installed
+	@echo "Serving with vLLM, on the CPU:"
+	@$(TEST_ENV) nice .venv-vllm/bin/pytest -p no:cacheprovider --confcutdir=$(VLLM_TESTS) $(VLLM_TESTS) $(PYTEST_ARGS)
 
 .PHONY: docs
 docs: env
@@ -144,6 +152,28 @@ endef
 .venv-vit/.installed: .venv/.installed constraints-vit.txt
 	$(call over,.venv-vit,.venv,-r constraints-vit.txt)
 
+# vLLM brings torchaudio and torchcodec, whose public wheels want a torch for CUDA and are not needed; torchvision's Python part
+# does without its binary one once two operators are declared, in every process.
+define DECLARED
+import torch
+
+LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
+for name in ("nms", "qnms"):
+    LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+endef
+export DECLARED
+
+.venv-vllm/.installed: constraints-vllm.txt pyproject.toml
+	@echo "Preparing the environment .venv-vllm, once; it takes a few minutes and 3.5 GB."
+	@$(PYTHON) -m venv .venv-vllm
+	@.venv-vllm/$(PIP) install "$$(grep '^torch==' constraints-vllm.txt)"
+	@.venv-vllm/$(PIP) install -r constraints-vllm.txt
+	@.venv-vllm/$(PIP) uninstall -y torchaudio torchcodec
+	@.venv-vllm/$(PIP) install --no-build-isolation --no-deps -e .
+	@site="$$(.venv-vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" && \
+		printenv DECLARED > "$$site/declared_operators.py" && echo "import declared_operators" > "$$site/declared_operators.pth"
+	@touch .venv-vllm/.installed
+
 OTHERS := $(shell grep -e '^ftfy' -e '^torchvision' -e '^wcwidth' constraints-vit.txt)
 .venv-versions/%/.installed: .venv/.installed .venv-oldest/.installed constraints-vit.txt
 	$(call over,.venv-versions/$*,$(if $(filter 0.9%,$*),.venv-oldest,.venv),$(OTHERS) $(subst _, open_clip_torch==,timm==$*))
@@ -153,6 +183,6 @@ comma := ,
 
 .PHONY: clean
 clean:
-	rm -rf .venv .venv-oldest .venv-vit .venv-versions build dist results site .hypothesis .import_linter_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-vit .venv-versions .venv-vllm build dist results site .hypothesis .import_linter_cache .pytest_cache .ruff_cache
 	rm -rf .venv .venv-oldest build dist results .hypothesis .import_linter_cache .pytest_cache .ruff_cache
 	find vlprune tests -name __pycache__ -type d -prune -exec rm -rf {} +
