@@ -1,7 +1,7 @@
 """Puts measurements into the documents: README, choosing, docs/results, a table and a curve for each method.
 
 Usage: ``python docs/publish.py results/eval results/eval-tinyvlm-qwen``, either alone or both. What was published of the
-other model before is kept.
+other model before is kept. A run with methods like ``hired[config=tinyvlm-hired]`` goes to docs/calibration.md.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlprune.evals import plot
+from vlprune import presets
+from vlprune.evals import journal, plot
+from vlprune.evals.compare import difference
 
 DOCS = Path(__file__).parent
 BENCHMARK = "synthvqa"
@@ -26,6 +28,9 @@ TYPICAL = 0.4
 
 COMPARED = (0.4, 0.2, 0.1)
 """Budgets of the tables for choosing."""
+
+CALIBRATED = "results/calibrated.json"
+"""Calibrated settings beside the published ones, by model."""
 
 Summary = dict[str, Any]
 
@@ -55,6 +60,9 @@ def main(folders: list[Path]) -> None:
             _fill(page, name, _method(name, published))
     _fill(DOCS.parent / "README.md", "readme", _overview(published))
     _fill(DOCS / "choosing.md", "choosing", _choosing(published))
+    _fill(DOCS / "choosing.md", "presets", _presets(published))
+    _tell_presets(published)
+    _fill(DOCS / "calibration.md", "calibrated", _calibrated(json.loads((DOCS / CALIBRATED).read_text())))
 
 
 def _is_there(page: Page) -> bool:
@@ -63,7 +71,11 @@ def _is_there(page: Page) -> bool:
 
 def _take(folder: Path) -> None:
     """Copies the results of one model; its name tells where."""
-    model = json.loads((folder / "summary.json").read_text())["run"]["model"]["name"]
+    summary = json.loads((folder / "summary.json").read_text())
+    model = summary["run"]["model"]["name"]
+    if any("config=" in row["method"] for row in _settings(summary)):
+        _take_calibrated(folder, summary)
+        return
     page = PAGES[model]
     (DOCS / "images").mkdir(exist_ok=True)
     shutil.copy(folder / "accuracy.png", DOCS / page.picture)
@@ -76,6 +88,31 @@ def _take(folder: Path) -> None:
         f"{also}\n\n![Accuracy against visual tokens](../{page.picture})\n"
     )
     (DOCS / page.page).write_text(text)
+
+
+def _take_calibrated(folder: Path, summary: Summary) -> None:
+    """Accuracies of calibrated settings and of the published ones, and what lies between them, sample by sample."""
+    known: dict[str, list[Summary]] = {}
+    for row in journal.read_rows(folder):
+        known.setdefault(f"{row['method']} {row['budget']}", []).append(row)
+    rows = []
+    for row in _settings(summary):
+        if "config=" in row["method"]:
+            plain = next(one for one in _settings(summary) if (one["method"], one["budget"]) == (_name(row), row["budget"]))
+            change = difference(*(known[f"{one['method']} {one['budget']}"] for one in (row, plain)))
+            pair = {name: _plain(one) for name, one in (("published", plain), ("calibrated", row))}
+            numbers = {"value": change.value, "low": change.low, "high": change.high, "p": change.p}
+            rows.append({"method": _name(row), "budget": row["budget"], **pair, "difference": numbers})
+    kept = json.loads((DOCS / CALIBRATED).read_text()) if (DOCS / CALIBRATED).exists() else {}
+    run = json.loads(_without_folder(folder / "summary.json"))["run"]
+    # Settings may have joined in a later session of the run, which names them all.
+    run["command"] = re.sub(r" --out [^\s`\"]+", "", journal.read_manifest(folder)["sessions"][-1]["command"])
+    kept[summary["run"]["model"]["name"]] = {"run": run, "settings": rows}
+    (DOCS / CALIBRATED).write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+
+
+def _plain(row: Summary) -> Summary:
+    return {name: row[name] for name in ("method", "budget", "numbers", "layer_tokens", "cached_tokens")}
 
 
 def _without_folder(path: Path) -> str:
@@ -202,6 +239,75 @@ def _by_kind(published: dict[str, Any]) -> str:
             cells.append(f"{best['method']}, {100 * best['categories'][kind]['value']:.0f} %")
         lines.append(_row(cells))
     return "**By kind of question**: the most accurate of the methods that shorten the prefill.\n\n" + "\n".join(lines)
+
+
+# ------------------------------------------------------------------ presets and calibrated settings
+
+
+def _presets(published: dict[str, Any]) -> str:
+    """What ``vlprune.apply(model)`` does, and what was measured of it."""
+    head = [
+        "model",
+        "preset",
+        "method",
+        "budget",
+        "accuracy",
+        "unpruned",
+        "prefill",
+        "speed-up",
+        "in the cache",
+        "why",
+    ]
+    lines = [_row(head), _row(["---"] * 3 + ["---:"] * 6 + ["---"])]
+    for kind, named in presets.PRESETS.items():
+        model = presets.MEASURED_ON[kind]
+        rows = _settings(published[model]) if model in published else []
+        unpruned = next((row for row in rows if row["method"] == "none"), None)
+        for name, preset in named.items():
+            found = next((row for row in rows if (row["method"], row["budget"]) == (preset.method, preset.budget)), None)
+            cost = [*_speed(found), f"{found['cached_tokens']:.0f}"] if found else ["[TinyViT](results/tinyvit.md)", "–", "–"]
+            cells = [kind, f"`{name}`", f"[{preset.method}](methods/{preset.method}.md)", str(preset.budget)]
+            lines.append(_row([*cells, _score(found, MEAN), _score(unpruned, MEAN), *cost, preset.why]))
+    return "\n".join(lines)
+
+
+def as_good(rows: list[Summary], preset: presets.Preset) -> list[str]:
+    """Methods that a preset may name: at its budget, those that the interval of the most accurate one does not tell from it.
+
+    Of the methods that shorten the prefill, but for ``quality``, where all count. Those with the shortest prefill come first.
+    """
+    there = [row for row in rows if row["budget"] == preset.budget and row["method"] != "none"]
+    if preset.why != presets.LEAST:
+        there = [row for row in there if row["layer_tokens"] < row["visual_tokens"]]
+    low = max((row["numbers"][MEAN] for row in there), key=lambda number: number["value"], default={"low": 1.0})["low"]
+    good = [row for row in there if row["numbers"][MEAN]["value"] >= low]
+    return [row["method"] for row in sorted(good, key=lambda row: row["prefill_ms"])]
+
+
+def _tell_presets(published: dict[str, Any]) -> None:
+    """Says where a new measurement would have a preset name another method."""
+    for kind, named in presets.PRESETS.items():
+        rows = _settings(published[presets.MEASURED_ON[kind]]) if presets.MEASURED_ON[kind] in published else []
+        for name, preset in named.items():
+            good = as_good(rows, preset)
+            if rows and preset.method != (good or [None])[0]:
+                what = f"vlprune/presets.py: {kind}, {name}: {preset.method} {preset.budget}"
+                sys.stderr.write(f"{what}; as good as any, quickest first: {', '.join(good)}\n")
+
+
+def _calibrated(results: dict[str, Any]) -> str:
+    """Published settings beside calibrated ones, on questions that the search has not seen."""
+    head = ["model", "method", "budget", "published settings", "calibrated", "difference of all samples", "p"]
+    parts, lines = [], [_row(head), _row(["---", "---", *["---:"] * 5])]
+    for model, result in results.items():
+        parts.append(_conditions(result["run"]))
+        for row in result["settings"]:
+            change = row["difference"]
+            value, low, high = (f"{100 * change[name]:+.1f}" for name in ("value", "low", "high"))
+            scores = [_score(row[name], MEAN) for name in ("published", "calibrated")]
+            p = "< 0.001" if change["p"] < 0.001 else f"{change['p']:.3f}"
+            lines.append(_row([model, row["method"], str(row["budget"]), *scores, f"{value} ({low} to {high})", p]))
+    return "\n\n".join([*parts, "\n".join(lines)])
 
 
 # ------------------------------------------------------------------ cells

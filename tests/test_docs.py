@@ -10,6 +10,7 @@ import pytest
 
 import vlprune
 from tests import zoo
+from vlprune import presets
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -51,9 +52,26 @@ def test_measured_tables_are_made_from_the_published_results(monkeypatch):
     import publish
 
     results = {model: json.loads((publish.DOCS / page.summary).read_text()) for model, page in publish.PAGES.items()}
-    for page, name, made in (("README.md", "readme", publish._overview), ("docs/choosing.md", "choosing", publish._choosing)):
+    calibrated = json.loads((publish.DOCS / publish.CALIBRATED).read_text())
+    for page, name, made in (
+        ("README.md", "readme", publish._overview(results)),
+        ("docs/choosing.md", "choosing", publish._choosing(results)),
+        ("docs/choosing.md", "presets", publish._presets(results)),
+        ("docs/calibration.md", "calibrated", publish._calibrated(calibrated)),
+    ):
         _, _, rest = (ROOT / page).read_text().partition(f"<!-- measured:{name} -->\n")
-        assert rest.partition(f"\n<!-- end of measured:{name} -->")[0] == made(results), page
+        assert rest.partition(f"\n<!-- end of measured:{name} -->")[0] == made, page
+
+
+def test_presets_are_as_good_as_any_method_that_was_measured_at_their_budget(monkeypatch):
+    """docs/publish.py says which methods are: one of them has to stand in vlprune/presets.py."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import publish
+
+    for kind in (presets.CLS, presets.PLAIN):
+        summary = json.loads((publish.DOCS / publish.PAGES[presets.MEASURED_ON[kind]].summary).read_text())
+        for name, preset in presets.PRESETS[kind].items():
+            assert preset.method in publish.as_good(publish._settings(summary), preset), (kind, name)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
