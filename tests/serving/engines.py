@@ -156,7 +156,8 @@ def engine(folder: Path, prompts: Transformers, **options: Any) -> Iterator[Engi
 
 def command(folder: Path, *options: str) -> list[str]:
     known = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16"]
-    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), *known, *options]
+    # Not `vllm serve`: the command asks for the version of a package named vllm, and the build for the CPU has another name.
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *known, *options]
 
 
 @contextmanager
