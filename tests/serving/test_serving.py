@@ -111,6 +111,8 @@ def ask(address: str, question: str, picture: bytes) -> Any:
     url = "data:image/png;base64," + base64.b64encode(picture).decode()
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
     body = {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 8, "temperature": 0}
+    # TinyVLM's template leaves the opening token to the tokenizer, which chats do not ask for it by default.
+    body["add_special_tokens"] = True
     return requests.post(f"{address}/v1/chat/completions", json=body, timeout=120)
 
 

@@ -28,7 +28,7 @@ class Info:
     """Stands in front of vLLM's class that tells what a model takes: images alone."""
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        return {"image": None}
+        return {name: most if name == "image" else 0 for name, most in super().get_supported_mm_limits().items()}
 
 
 class Processor:
