@@ -99,7 +99,8 @@ def _take_calibrated(folder: Path, summary: Summary) -> None:
     for row in _settings(summary):
         if "config=" in row["method"]:
             plain = next(one for one in _settings(summary) if (one["method"], one["budget"]) == (_name(row), row["budget"]))
-            change = difference(*(known[f"{one['method']} {one['budget']}"] for one in (row, plain)))
+            mine, theirs = (known[f"{one['method']} {one['budget']}"] for one in (row, plain))
+            change = difference(mine, theirs)
             pair = {name: _plain(one) for name, one in (("published", plain), ("calibrated", row))}
             numbers = {"value": change.value, "low": change.low, "high": change.high, "p": change.p}
             rows.append({"method": _name(row), "budget": row["budget"], **pair, "difference": numbers})
