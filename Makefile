@@ -9,6 +9,8 @@ SHELL := /bin/sh
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Only errors: pip's warnings are about the machine it runs on, not about this project.
 PIP := bin/pip -qq
+# Compiling all that is installed takes longer than compiling what is used, when it is.
+export PIP_NO_COMPILE := 1
 
 # One thread a worker, or two workers share the cores badly; and nothing here needs the network.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -49,7 +51,7 @@ run: env
 # ------------------------------------------------------------------ checks
 
 .PHONY: test
-test: env env-oldest browser env-vit lint types
+test: environments browser env-vit lint types
 	@echo "Tests, with the newest transformers:"
 	@$(TEST_ENV) .venv/$(PYTEST) $(OTHER_TESTS) $(PYTEST_ARGS)
 	@echo "The same tests, with the oldest transformers (wheel, kernels, data and metrics do not depend on it):"
@@ -103,6 +105,11 @@ format: env
 	@.venv/bin/ruff format .
 
 # ------------------------------------------------------------------ environments
+
+# Side by side: each of them waits for the network, the disk and one core in turns.
+.PHONY: environments
+environments:
+	@$(MAKE) --no-print-directory -j2 env env-oldest
 
 .PHONY: env env-oldest env-vit
 env: .venv/.installed

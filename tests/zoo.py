@@ -315,6 +315,10 @@ WHOLE = ("hired", "uniform", "pool", "resize", "flowcut", "mustdrop", "fastv", "
 """Methods that go through every case. Between them they take every way through the engine: each stage and each combination of
 stages, signals of both kinds, fixed and adaptive counts, merging, other image sizes, a choice a head. A method that takes a
 new way (a new stage, a new kind of signal) belongs here."""
+if VERSION < (5, 0):
+    # What differs in older versions (positions in the cache, outputs of layers, names) does so for the first of them, which
+    # selects, and for the second, which has all stages, as it does for all.
+    WHOLE = ("hired", "mustdrop")
 
 
 def thinned(cases: Sequence[tuple[Any, ...]], families: int = len(FAMILIES)) -> list[tuple[Any, ...]]:
