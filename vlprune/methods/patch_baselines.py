@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from vlprune.blocks import BlockMethod, BlockTokens
-from vlprune.image import remembered
 from vlprune.method import register
 from vlprune.methods.assigning import numbered, staying
 
@@ -54,6 +53,9 @@ class UniformPatches(_Dropping):
         return ((2 * torch.arange(tokens.leaving) + 1) * rows).div(2 * max(1, tokens.leaving), rounding_mode="floor")
 
 
-@remembered
 def _draw(seed: int, rows: int) -> Tensor:
-    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    """``rows`` in an order that has none: by a hash of each index and ``seed``, which can be compiled; a generator cannot."""
+    mixed = torch.arange(rows) + (0x9E3779B1 * (seed + 1) & 0xFFFFFFFF)
+    for factor in (0x45D9F3B, 0x119DE1F3, 1):
+        mixed = ((mixed ^ (mixed >> 16)) * factor) & 0xFFFFFFFF
+    return mixed.argsort(stable=True)
