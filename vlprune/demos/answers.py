@@ -16,7 +16,7 @@ from transformers import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 import vlprune
-from vlprune.evals.answering import StepClock, make_inputs, now, unpruned_costs
+from vlprune.evals.answering import StepClock, costs_of, make_inputs, now, unpruned_costs
 from vlprune.evals.loading import Loaded
 from vlprune.visualize import Watched, watched
 
@@ -97,7 +97,7 @@ class Answerer:
                 text, times = self._generate(inputs, streamer)
                 report = None
             times["prefill_ms"] = self._prefill_ms(inputs, cast(float, times["prefill_ms"]))
-        costs = unpruned_costs(model, inputs) if report is None else _costs_of(report)
+        costs = unpruned_costs(model, inputs) if report is None else costs_of(report)
         return Answer(text, {**costs, **times}, report, seen)
 
     def _generate(self, inputs: Any, streamer: _Text) -> tuple[str, dict[str, float | None]]:
@@ -146,14 +146,3 @@ class _Text(BaseStreamer):
 
     def end(self) -> None:
         pass
-
-
-def _costs_of(report: vlprune.Report) -> dict[str, float]:
-    return {
-        "visual_tokens": report.total,
-        "tokens": report.entering,
-        "layer_tokens": report.layer_mean,
-        "cached_tokens": report.cached,
-        "flops": report.flops,
-        "cache_bytes": report.kv_bytes,
-    }

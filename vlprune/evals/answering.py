@@ -149,7 +149,7 @@ class Answering:
             costs, kept = unpruned_costs(self.model, inputs), None
         else:
             report = cast(vlprune.Report, vlprune.report(self.model))
-            costs, kept = _costs_of(report), _kept(self.model, report, inputs)
+            costs, kept = costs_of(report), _kept(self.model, report, inputs)
             times["selection_seconds"] = report.selection_seconds
         shares = {name: value / len(batch) for name, value in costs.items()}
         same = {"batch_size": len(batch), **shares, "steps": steps}
@@ -188,7 +188,8 @@ class Answering:
 # ------------------------------------------------------------------ costs
 
 
-def _costs_of(report: vlprune.Report) -> dict[str, float]:
+def costs_of(report: vlprune.Report) -> dict[str, float]:
+    """Tokens, operations and bytes of a pruned pass, by the names that rows have them under."""
     return {
         "visual_tokens": report.total,
         "tokens": report.entering,
