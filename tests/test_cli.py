@@ -197,6 +197,8 @@ def test_defaults_that_a_model_cannot_have_are_left_out_and_told(folder: str, tm
     assert result.exit_code == 0, result.output
     assert "Left out: fastv 0.1: budget=0.1 allows 33" in " ".join(result.output.split())
     assert {row["method"] for row in journal.read_rows(tmp_path)} == {"none", "uniform"}
+    (session,) = journal.read_manifest(tmp_path)["sessions"]
+    assert list(session["not_possible"]) == ["fastv 0.1"]
 
 
 def test_each_model_has_a_folder():

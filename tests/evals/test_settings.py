@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import vlprune
-from vlprune.evals.settings import BUDGETS, METHODS, Setting, options_of, parse, settings_of
+from vlprune.evals.settings import BUDGETS, METHODS, Setting, names_each, options_of, parse, settings_of
 
 
 def test_unpruned_comes_first_and_once():
@@ -18,6 +18,16 @@ def test_unpruned_comes_first_and_once():
 def test_a_method_may_bring_its_own_budgets():
     settings = parse("hired, fastv:0.8:64, none", "0.4,32")
     assert [s.label for s in settings] == ["none", "hired 0.4", "hired 32", "fastv 0.8", "fastv 64"]
+
+
+def test_all_are_the_unpruned_model_and_every_method():
+    settings = parse("uniform:1.0,all", "0.33,0.22")
+    assert settings[0] == Setting("none")
+    assert {s.method for s in settings} == {"none", *vlprune.methods()}
+    assert len(settings) == 1 + 2 * len(vlprune.methods()) + 1
+    assert not names_each("uniform:1.0, all:0.5")
+    assert not names_each(None)
+    assert names_each("hired,random")
 
 
 def test_options_stand_in_brackets_and_have_the_types_of_the_fields():

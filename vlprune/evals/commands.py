@@ -40,8 +40,8 @@ def evaluate(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Methods, with commas between; 'none' is the unpruned model. Options stand in brackets, budgets of a "
-            "method's own behind colons: 'none,hired,fastv\\[layer=1]:0.8:0.6'.",
+            help="Methods, with commas between; 'none' is the unpruned model, 'all' is it and every method, where possible. "
+            "Options stand in brackets, budgets of a method's own behind colons: 'none,hired,fastv\\[layer=1]:0.8:0.6'.",
             show_default=written.METHODS,
         ),
     ] = None,
@@ -87,7 +87,8 @@ def evaluate(
     console.print(f"Loading {escape(model)} and questions of {escape(', '.join(chosen))}.")
     loaded = loading.model(model, processes.device, dtype, attention, revision)
     tasks = loading.tasks(chosen, model, batch_size, limit, max_new_tokens)
-    if methods is None:
+    refused = {}
+    if not written.names_each(methods):
         refused = runner.refusals(loaded.model, loaded.processor, tasks, settings)
         _print_refusals(console, refused)
         settings = [setting for setting in settings if setting not in refused]
@@ -103,6 +104,7 @@ def evaluate(
                 batch_size=batch_size,
                 name=loaded.name,
                 command=_command(processes.count),
+                refused=refused,
                 restart=restart,
                 retry_errors=retry_errors,
                 processes=processes,
@@ -141,7 +143,7 @@ def _command(processes: int) -> str:
 
 
 def _print_refusals(console: Console, refused: dict[Any, VLPruneError]) -> None:
-    """Of the default settings, those that this model cannot have; settings with the same reason in one line."""
+    """Of settings that nobody named one by one, those that this model cannot have, by their reasons."""
     reasons: dict[str, list[str]] = {}
     for setting, error in refused.items():
         reasons.setdefault(" ".join(str(error).split()), []).append(setting.label)

@@ -8,7 +8,7 @@ a run are the same however it came about, but for their times; :mod:`vlprune.eva
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +51,7 @@ def run(
     batch_size: int,
     name: str = "",
     command: str = "",
+    refused: Mapping[Setting, Exception] | None = None,
     restart: bool = False,
     retry_errors: bool = False,
     processes: Processes = ALONE,
@@ -60,7 +61,8 @@ def run(
 
     Rows and manifest are kept in ``out``; what an earlier run of the same kind left there is not measured again, but for
     batches with failed samples if ``retry_errors``. ``batch_size`` is the one that tasks were composed with. ``name`` names
-    the model in the manifest, ``command`` is how to repeat the run.
+    the model in the manifest, ``command`` is how to repeat the run, ``refused`` are settings that were wished for and are not
+    possible: they are noted.
 
     Raises :class:`RunMismatchError` where ``out`` holds rows of another model, data, machine or version, and what
     ``vlprune.apply`` raises where a setting is not possible, both before anything is measured.
@@ -73,7 +75,7 @@ def run(
         def begin() -> tuple[int, set[Cell]]:
             wanted = manifest(model, tasks, settings, name, batch_size)
             stack.enter_context(journal.locked(out))
-            return _begin(out, wanted, tasks, _session(model, command, processes), restart, retry_errors)
+            return _begin(out, wanted, tasks, _session(model, command, processes, refused or {}), restart, retry_errors)
 
         session, complete = processes.from_first(begin)
         work = _Work(tasks, settings, complete, processes)
@@ -235,12 +237,13 @@ def _knobs(setting: Setting) -> Row:
     return {**dataclasses.asdict(setting), "knobs": knobs}
 
 
-def _session(model: Any, command: str, processes: Processes) -> Row:
-    """Who measures now."""
+def _session(model: Any, command: str, processes: Processes, refused: Mapping[Setting, Exception]) -> Row:
+    """Who measures now, and what cannot be measured."""
     return {
         "date": provenance.today(),
         "commit": git_commit(),
         "command": command,
         "hardware": hardware(model.device),
         "processes": processes.count,
+        "not_possible": {setting.label: str(error) for setting, error in refused.items()},
     }

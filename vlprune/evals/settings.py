@@ -12,8 +12,11 @@ from vlprune.budget import Budget
 from vlprune.config import read
 from vlprune.errors import BudgetError, OptionError
 from vlprune.method import Method, make
+from vlprune.method import methods as registered
 
 UNPRUNED = "none"
+EVERY = "all"
+"""Stands for the unpruned model and every method for vision-language models, baselines among them."""
 METHODS = (
     "none,hired,flowcut,mustdrop:0.4:0.2:0.15,fastv:0.8:0.6:0.45,snapkv,divprune,random,uniform:1.0:0.4:0.2:0.1,pool,resize"
 )
@@ -54,15 +57,24 @@ class Setting:
 
 
 def parse(methods: str, budgets: str) -> list[Setting]:
-    """Settings of ``"none,hired,fastv[layer=1]:0.8:0.6"``; a method that names no budget is measured at all of ``budgets``."""
+    """Settings of ``"none,hired,fastv[layer=1]:0.8:0.6"``; a method that names no budget is measured at all of ``budgets``.
+
+    ``"all"`` are all methods that there are.
+    """
     common = [budget_of(text) for text in parts(budgets, ",")]
     found = []
     for text in parts(methods, ","):
         method, *own = parts(text, ":")
         if method == UNPRUNED and own:
             raise BudgetError(f"{text!r}: the unpruned model has no budget; write {UNPRUNED!r}")
-        found += settings_of([method], [budget_of(budget) for budget in own] or common)
+        wanted = [UNPRUNED, *registered()] if method == EVERY else [method]
+        found += settings_of(wanted, [budget_of(budget) for budget in own] or common)
     return distinct(sorted(found, key=lambda setting: setting.method != UNPRUNED))
+
+
+def names_each(methods: str | None) -> bool:
+    """Whether somebody asked for each of the settings, so that one that is not possible is a mistake."""
+    return methods is not None and not any(parts(text, ":")[0] == EVERY for text in parts(methods, ","))
 
 
 def settings_of(methods: Sequence[str], budgets: Sequence[float | int]) -> list[Setting]:
