@@ -12,7 +12,11 @@ from safetensors.torch import load_file, save_file
 import vlprune
 from tests import inside, zoo
 from tests.reference import Dropped, masked
+from vlprune.config import weights
+from vlprune.evals.tinyvlm import build
+from vlprune.image import ModelShape
 from vlprune.integrations.llava import single
+from vlprune.methods.dyvte import load
 from vlprune.training.exits import _labelled, fit_exits
 
 ROUTER = Path(__file__).with_name("router.safetensors")
@@ -65,6 +69,14 @@ def test_what_does_not_fit_is_refused(tmp_path):
     narrow = vlprune.DyVTE(router=str(tmp_path / "narrow"))
     with pytest.raises(vlprune.OptionError, match="of 3 channels, not 4"):
         narrow.prefill(inside.before_layer(narrow, single(6), 2, torch.arange(36)))
+
+
+def test_routers_of_tinyvlm_come_along():
+    """For each layer before which its images may leave, and as wide as its hidden states."""
+    method, text = vlprune.DyVTE(router="tinyvlm-dyvte"), build.config(64).text_config
+    layers = text.num_hidden_layers
+    assert sorted(method.plan(single(6), ModelShape(5, layers, 3, has_cls=True)).prefill) == list(range(1, layers))
+    assert {maps[0].shape[1] for maps in load(weights("tinyvlm-dyvte")).values()} == {2 * text.hidden_size}
 
 
 def test_an_exit_is_right_where_the_masked_model_says_the_same():

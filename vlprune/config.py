@@ -1,4 +1,4 @@
-"""Settings of methods from JSON files: those that ``vlprune calibrate`` wrote, and those that come with vlprune."""
+"""Settings of methods from JSON files, those that ``vlprune calibrate`` wrote and those that come along; trained weights."""
 
 from __future__ import annotations
 
@@ -10,12 +10,27 @@ from vlprune.errors import OptionError
 from vlprune.method import Method, from_dict
 
 FOLDER = Path(__file__).parent / "configs"
-"""Settings that were calibrated for TinyVLM and its sibling, ``MODEL-METHOD.json``."""
+"""For TinyVLM and its sibling: calibrated settings (``MODEL-METHOD.json``), trained weights (``MODEL-METHOD.safetensors``)."""
 
 
 def shipped() -> list[str]:
     """Names that :func:`read` takes beside paths."""
     return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def trained(model: str, method: str) -> str | None:
+    """Name of the weights of ``method`` that come with vlprune for ``model`` ("tinyvlm"); None where there are none."""
+    name = f"{model}-{method}"
+    return name if name in _weights() else None
+
+
+def weights(name: str) -> str:
+    """The file of weights that come with vlprune under ``name``; anything else is a path."""
+    return str(_weights().get(name, name))
+
+
+def _weights() -> dict[str, Path]:
+    return {path.stem: path for path in FOLDER.glob("*.safetensors")}
 
 
 def read(config: str | Path) -> Method:

@@ -30,6 +30,12 @@ def test_all_are_the_unpruned_model_and_every_method():
     assert names_each("hired,random")
 
 
+def test_what_was_trained_for_a_model_comes_along():
+    """And belongs to no other."""
+    assert Setting("dyvte[router=tinyvlm-dyvte]", 0.2) in parse("all", "0.2", "tinyvlm")
+    assert Setting("dyvte", 0.2) in parse("all", "0.2", "tinyvlm-qwen")
+
+
 def test_options_stand_in_brackets_and_have_the_types_of_the_fields():
     (setting,) = parse("fastv[layer=1, keep=0.5]:0.6", "0.4")
     assert setting == Setting("fastv[layer=1, keep=0.5]", 0.6)

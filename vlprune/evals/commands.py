@@ -75,7 +75,7 @@ def evaluate(
 
     Example: vlprune eval --methods none,hired,uniform --budgets 0.2 --limit 12
     """
-    settings = _settings(methods, budgets)
+    settings = _settings(methods, budgets, model)
     from vlprune.evals import loading, runner
     from vlprune.evals.processes import Processes
 
@@ -118,8 +118,8 @@ def evaluate(
     processes.leave()
 
 
-def _settings(methods: str | None, budgets: str) -> list[written.Setting]:
-    settings = written.parse(written.METHODS if methods is None else methods, budgets)
+def _settings(methods: str | None, budgets: str, model: str) -> list[written.Setting]:
+    settings = written.parse(written.METHODS if methods is None else methods, budgets, model)
     if not settings:
         raise VLPruneError("nothing to do: --methods and --budgets name no setting")
     for setting in settings:

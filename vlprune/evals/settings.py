@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from vlprune.budget import Budget
-from vlprune.config import read
+from vlprune.config import read, trained
 from vlprune.errors import BudgetError, OptionError
 from vlprune.method import Method, make
 from vlprune.method import methods as registered
@@ -17,6 +17,8 @@ from vlprune.method import methods as registered
 UNPRUNED = "none"
 EVERY = "all"
 """Stands for the unpruned model and every method for vision-language models, baselines among them."""
+TRAINED = {"dyvte": "router"}
+"""Methods that need weights which were trained for the model, and the option that names them."""
 METHODS = (
     "none,hired,flowcut,mustdrop:0.4:0.2:0.15,fastv:0.8:0.6:0.45,snapkv,divprune,random,uniform:1.0:0.4:0.2:0.1,pool,resize"
 )
@@ -56,10 +58,10 @@ class Setting:
         return make(base, **{**options, "budget": self.budget})
 
 
-def parse(methods: str, budgets: str) -> list[Setting]:
+def parse(methods: str, budgets: str, model: str = "") -> list[Setting]:
     """Settings of ``"none,hired,fastv[layer=1]:0.8:0.6"``; a method that names no budget is measured at all of ``budgets``.
 
-    ``"all"`` are all methods that there are.
+    ``"all"`` are all methods that there are, with weights that come along for ``model``.
     """
     common = [budget_of(text) for text in parts(budgets, ",")]
     found = []
@@ -67,9 +69,15 @@ def parse(methods: str, budgets: str) -> list[Setting]:
         method, *own = parts(text, ":")
         if method == UNPRUNED and own:
             raise BudgetError(f"{text!r}: the unpruned model has no budget; write {UNPRUNED!r}")
-        wanted = [UNPRUNED, *registered()] if method == EVERY else [method]
+        wanted = [UNPRUNED, *(_with_weights(name, model) for name in registered())] if method == EVERY else [method]
         found += settings_of(wanted, [budget_of(budget) for budget in own] or common)
     return distinct(sorted(found, key=lambda setting: setting.method != UNPRUNED))
+
+
+def _with_weights(method: str, model: str) -> str:
+    """A method that needs weights, with those that were trained for the model; without them it says itself what to do."""
+    weights = trained(model, method) if method in TRAINED else None
+    return f"{method}[{TRAINED[method]}={weights}]" if weights else method
 
 
 def names_each(methods: str | None) -> bool:

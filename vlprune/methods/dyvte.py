@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vlprune.config import weights
 from vlprune.errors import OptionError, UnsupportedMethodError
 from vlprune.image import ImageLayout, LayerTokens, ModelShape
 from vlprune.method import Method, Plan, Selection, register
@@ -25,7 +26,8 @@ class DyVTE(Method):
     larger. When that is depends on the content: the host waits before each layer until they have left. ``budget`` is not
     looked at.
 
-    ``router``: a safetensors file with the routers of a model, from :func:`vlprune.training.fit_exits`.
+    ``router``: a safetensors file with the routers of a model, from :func:`vlprune.training.fit_exits`, or ``tinyvlm-dyvte``,
+    which comes along.
 
     Deviations from the official code: several images and any batch, each image by the text behind it; without such text but
     the last token, that one stands for the mean. The router is asked before a layer, there after the one before.
@@ -58,7 +60,7 @@ class DyVTE(Method):
                 "dyvte needs a router that was trained for the model: vlprune.training.fit_exits(model, samples, file) trains "
                 "one, DyVTE(router=file) takes it; VisualExit(layer=...) needs none"
             )
-        return self.router
+        return weights(self.router)
 
 
 def text_state(tokens: LayerTokens) -> Tensor:
