@@ -102,11 +102,14 @@ def test_attention_without_rotary_embedding(family, kernel):
             torch.testing.assert_close(found.double(), expected.double(), atol=1e-5, rtol=1e-5)
 
 
-def test_the_second_stage_keeps_the_square():
-    """A ratio r of all tokens, then r squared."""
-    plan = vlprune.FEATHER(budget=(8 + 8 * 0.4 + 16 * 0.16) / 32).plan(single(24), inside.LLAVA)
-    assert plan.prefill[8] == pytest.approx(0.4 * 576, abs=2)
-    assert plan.prefill[16] == pytest.approx(0.16 * 576, abs=2)
+def test_the_published_schedule():
+    """A share of 0.3 and every third row and column, then 0.3 squared of what is left: 3.3 % of all, says the paper."""
+    first = 0.3 + 0.7 / 9
+    mean = (8 + 8 * first + 16 * 0.09 * first) / 32
+    plan = vlprune.FEATHER(budget=mean).plan(single(24), inside.LLAVA)
+    assert plan.prefill[8] == pytest.approx(first * 576, abs=3)
+    assert plan.prefill[16] == pytest.approx(0.09 * first * 576, abs=1)
+    assert plan.prefill[16] == pytest.approx(0.033 * 576, abs=1)
 
 
 def test_a_stride_is_a_number_of_rows():
