@@ -23,6 +23,7 @@ OTHER_TESTS := $(patsubst %,--ignore=%,$(VIT_TESTS) $(VLLM_TESTS))
 VERSIONS := 0.9.0_2.24.0 1.0.15_2.30.0 1.0.16_3.0.0
 NO_TRANSFORMERS := $(patsubst %,--ignore=tests/evals/test_%.py,benchmarks compare metrics recipes synthvqa vqa_normalisation) \
 	$(patsubst %,--ignore=tests/test_%.py,apet calibrate fastervlm globalcom2 holov scope todre vflowopt vispruner vscan visionzip) \
+	$(patsubst %,--ignore=tests/vit/test_%.py,diffrate mctf pitome tofu tome vid_tldr zero_tprune) \
 	--ignore=tests/kernels --ignore=tests/test_packaging.py --ignore=tests/test_demo.py --ignore=tests/test_site.py \
 	--deselect tests/test_examples.py::test_what_help_shows_works_as_typed
 
