@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def weights(name: str) -> str:
     return str(_weights().get(name, name))
 
 
+@cache
 def _weights() -> dict[str, Path]:
     return {path.stem: path for path in FOLDER.glob("*.safetensors")}
 
