@@ -10,7 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import vlprune.methods  # noqa: F401  (now, since the name is to be a function's)
-from vlprune.api import applied, apply, remove, report, supported_models
+from vlprune.api import applied, apply, assignment, remove, report, supported_models
+from vlprune.assignments import merge, unmerge
 from vlprune.errors import (
     BudgetError,
     IncompatibleCacheError,
@@ -145,14 +146,17 @@ __all__ = [
     "ZipVL",
     "applied",
     "apply",
+    "assignment",
     "chain",
     "from_dict",
+    "merge",
     "methods",
     "register",
     "remove",
     "report",
     "supported_models",
     "top",
+    "unmerge",
     "without_sinks",
 ]
 

@@ -1,4 +1,4 @@
-"""apply, remove, applied, report.
+"""apply, remove, applied, report, assignment.
 
 The engine is imported by the first call: it takes longer than everything else together, and not every process that imports
 vlprune prunes.
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from vlprune import presets
 from vlprune.config import read
-from vlprune.errors import NotAppliedError, OptionError
+from vlprune.errors import NotAppliedError, OptionError, UnsupportedMethodError
 from vlprune.method import Method, make
 from vlprune.report import Report
 
@@ -103,14 +103,33 @@ def report(model: nn.Module) -> Report | VitReport:
     Raises:
         NotAppliedError: no method is applied, or none has seen an image yet.
     """
-    from vlprune.engine.patch import patch_of
+    return _ran(model).report()
 
-    patch = patch_of(_unwrapped(model))
-    if patch is None:
-        raise NotAppliedError(f"no method is applied to this {type(model).__name__}; vlprune.apply(model) applies one")
-    if not patch.ran:
-        raise NotAppliedError("this model has not seen an image since the method was applied; run it first")
-    return patch.report()
+
+def assignment(model: nn.Module, block: int = -1) -> tuple[Tensor, Tensor]:
+    """Which row behind a block of a vision transformer stands for each row of the image, in the last forward.
+
+    With :func:`vlprune.unmerge`, rows that a hook on that block has seen become dense; with :func:`vlprune.merge`, dense
+    features become as few. ``block``: from 0; negative ones are counted from the last.
+
+    Returns:
+        The assignment ``(B, N)`` int64, protected rows first, -1 for a row that was dropped; and ``(B, M)`` float32, the sizes
+        of the rows behind the block: how many rows of the image each stands for, as the method weighs them; 0 for padding.
+
+    Raises:
+        NotAppliedError: no method is applied, or none has seen an image yet.
+        UnsupportedMethodError: the method that is applied is none for vision transformers.
+        OptionError: there is no such block.
+    """
+    from vlprune.engine.vit import VitPatch
+
+    patch = _ran(model)
+    if not isinstance(patch, VitPatch):
+        raise UnsupportedMethodError(
+            f"{patch.method.name} chooses visual tokens for a language model, and merges no rows inside of a vision "
+            "transformer; vlprune.report(model) tells what it kept"
+        )
+    return patch.assignment(block)
 
 
 def supported_models() -> list[Family]:
@@ -133,6 +152,18 @@ def chosen(model: nn.Module, preset: str | None = None, **options: Any) -> Metho
     else:
         kind = presets.CLS if family_of(model).parts(model).has_cls else presets.PLAIN
     return presets.preset(kind, preset).make(**options)
+
+
+def _ran(model: Any) -> Patch | VitPatch:
+    """What is applied to the model, if it has seen an image."""
+    from vlprune.engine.patch import patch_of
+
+    patch = patch_of(_unwrapped(model))
+    if patch is None:
+        raise NotAppliedError(f"no method is applied to this {type(model).__name__}; vlprune.apply(model) applies one")
+    if not patch.ran:
+        raise NotAppliedError("this model has not seen an image since the method was applied; run it first")
+    return patch
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vlprune.blocks import BlockMethod
 from vlprune.engine.family import Family
@@ -17,7 +17,7 @@ from vlprune.engine.vit.layout import Layout
 from vlprune.engine.vit.looking import look, look_away
 from vlprune.engine.vit.report import VitReport
 from vlprune.engine.vit.run import Run
-from vlprune.errors import UnsupportedMethodError, UnsupportedModelError
+from vlprune.errors import OptionError, UnsupportedMethodError, UnsupportedModelError
 from vlprune.method import Method, methods
 
 
@@ -95,6 +95,12 @@ class VitPatch:
 
     def report(self) -> VitReport:
         return VitReport.of(self)
+
+    def assignment(self, block: int) -> tuple[Tensor, Tensor]:
+        """What the rows behind a block stand for, see :func:`vlprune.assignment`."""
+        if not -len(self.blocks) <= block < len(self.blocks):
+            raise OptionError(f"block={block!r}: allowed are {-len(self.blocks)} to {len(self.blocks) - 1}")
+        return self.run.assignment(block % len(self.blocks) + 1, next(self.tower.parameters()).device)
 
     def install(self) -> None:
         """Replaces a patch that is there already."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlprune.assignments import unmerge
 from vlprune.blocks import BlockAttention, BlockMethod, BlockTokens
 from vlprune.engine.vit.layout import Layout
 from vlprune.kernels import gather_rows
@@ -133,13 +134,19 @@ class Run:
         places = self.maps[entry]
         if places is None:
             return x
-        if self.method.drops:
-            sizes = self.sizes[entry]
-            assert sizes is not None
-            weights = sizes[:, self.prefix :, None] / sizes[:, self.prefix :, None].sum(1, keepdim=True)
-            mean = (x[:, self.prefix :] * weights).sum(1, keepdim=True).to(x.dtype)
-            x, places = torch.cat([x, mean], 1), torch.where(places < 0, x.shape[1], places)
-        return gather_rows([x], places)[0]
+        if not self.method.drops:
+            return gather_rows([x], places)[0]
+        sizes = self.sizes[entry]
+        assert sizes is not None
+        weights = sizes[:, self.prefix :, None] / sizes[:, self.prefix :, None].sum(1, keepdim=True)
+        return unmerge(x, places, (x[:, self.prefix :] * weights).sum(1))
+
+    def assignment(self, entry: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """:attr:`maps` and :attr:`sizes` of an entry, also where nothing was merged yet."""
+        places, sizes = self.maps[entry], self.sizes[entry]
+        if places is None:
+            places = torch.arange(self.rows[0], device=device).expand(self.batch, -1)
+        return places, torch.ones(self.batch, self.rows[entry], device=device) if sizes is None else sizes
 
     def shortened(self, x: Tensor, entry: int) -> Tensor:
         """The inverse of :meth:`restore`: each row from the first place that it stands for."""
