@@ -17,8 +17,10 @@ from vlprune.method import methods as registered
 UNPRUNED = "none"
 EVERY = "all"
 """Stands for the unpruned model and every method for vision-language models, baselines among them."""
-TRAINED = {"dyvte": "router"}
+TRAINED = {"dyvte": "router", "dynamicvit": "heads", "tnt": "heads", "vtm": "heads"}
 """Methods that need weights which were trained for the model, and the option that names them."""
+WITHOUT_SINKS = "without_sinks"
+"""An option of every method that chooses inside the LLM; it is no field of theirs."""
 METHODS = (
     "none,hired,flowcut,mustdrop:0.4:0.2:0.15,fastv:0.8:0.6:0.45,snapkv,divprune,random,uniform:1.0:0.4:0.2:0.1,pool,resize"
 )
@@ -32,7 +34,7 @@ class Setting:
     """A method at a budget; the method ``none`` is the model without any patch, at budget 1.0.
 
     ``method`` is a name as it was written, options in brackets: ``fastv[layer=1]``; ``hired[config=tinyvlm-hired]`` takes them
-    from a file, or from settings that come with vlprune.
+    from a file, or from settings that come with vlprune; ``snapkv[without_sinks=true]`` leaves attention sinks out of account.
     """
 
     method: str
@@ -69,12 +71,12 @@ def parse(methods: str, budgets: str, model: str = "") -> list[Setting]:
         method, *own = parts(text, ":")
         if method == UNPRUNED and own:
             raise BudgetError(f"{text!r}: the unpruned model has no budget; write {UNPRUNED!r}")
-        wanted = [UNPRUNED, *(_with_weights(name, model) for name in registered())] if method == EVERY else [method]
+        wanted = [UNPRUNED, *(with_weights(name, model) for name in registered())] if method == EVERY else [method]
         found += settings_of(wanted, [budget_of(budget) for budget in own] or common)
     return distinct(sorted(found, key=lambda setting: setting.method != UNPRUNED))
 
 
-def _with_weights(method: str, model: str) -> str:
+def with_weights(method: str, model: str) -> str:
     """A method that needs weights, with those that were trained for the model; without them it says itself what to do."""
     weights = trained(model, method) if method in TRAINED else None
     return f"{method}[{TRAINED[method]}={weights}]" if weights else method
@@ -109,7 +111,9 @@ def options_of(method: str) -> dict[str, Any]:
         return {}
     if "budget" in options:
         raise OptionError(f"{method}: budgets stand behind a colon, as in {name}:0.4:0.2, or in --budgets")
-    types_of = get_type_hints(type(make(name)))
+    # A class, not an object: some methods cannot be made without their options.
+    cls = {**registered(), **registered("vit")}.get(name)
+    types_of = {**get_type_hints(cls or type(make(name))), WITHOUT_SINKS: bool}
     # What is not an option of the method is told by the method.
     return {key: _value(f"{name}[{key}={text}]", text, types_of.get(key, str)) for key, text in options.items()}
 

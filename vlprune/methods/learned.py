@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlprune.blocks import BlockMethod, BlockTokens
+from vlprune.config import weights
 from vlprune.errors import OptionError
 from vlprune.methods.assigning import lowest, numbered, staying
 from vlprune.schedule import quarters, staged
@@ -77,7 +78,8 @@ class LearnedMethod(BlockMethod):
     kind: ClassVar[type[BlockHeads]] = BlockHeads
     budget: int | float = 0.5
     heads: str = ""
-    """File that :func:`vlprune.training.fit` wrote; there is no default, for heads fit one model."""
+    """File that :func:`vlprune.training.fit` wrote, or the name of heads that come along (``tinyvit-tnt``); no default, for
+    heads fit one model."""
     proportional: bool = False
     keep: float | None = None
     """Share of the rows left that each of the heads keeps, in place of the budget."""
@@ -92,7 +94,7 @@ class LearnedMethod(BlockMethod):
             )
         if self.keep is not None and not 0 < self.keep <= 1:
             raise OptionError(f"keep={self.keep!r}: allowed is a number above 0, up to 1, and None")
-        self._heads = self.kind.load(self.heads)
+        self._heads = self.kind.load(weights(self.heads))
 
     def counts(self, tokens: int, blocks: int) -> list[int]:
         if self._heads.stages and self._heads.stages[-1] >= blocks:

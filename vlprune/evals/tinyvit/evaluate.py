@@ -14,17 +14,15 @@ import torch
 from torch import Tensor
 
 import vlprune
+from vlprune.config import read, shipped, trained
 from vlprune.errors import BudgetError, UnsupportedMethodError
 from vlprune.evals.provenance import git_commit, hardware, versions, weights_hash
-from vlprune.evals.settings import UNPRUNED, Setting, parse
-from vlprune.evals.tinyvit import CHECKPOINT, load_tinyvit, pixels, scenes
-from vlprune.method import make
-from vlprune.methods.learned import LearnedMethod
+from vlprune.evals.settings import TRAINED, UNPRUNED, Setting, parse, with_weights
+from vlprune.evals.tinyvit import load_tinyvit, pixels, scenes
 from vlprune.report import Report
 
-BUDGETS = "0.5,0.35,0.25,0.15"
-HEADS = CHECKPOINT.parent / "heads"
-"""Heads that were trained for TinyViT, ``<method>.safetensors``."""
+MODEL = "tinyvit"
+"""How names of heads and settings begin that come along for it."""
 TIMED = 3
 """Batches that the unpruned model is timed on, too, right beside the pruned one."""
 
@@ -32,12 +30,11 @@ Row = dict[str, Any]
 
 
 def default_methods() -> str:
-    """All that are there, learned ones with heads for TinyViT alone; the unpruned model first."""
-    known = vlprune.methods("vit")
-    usable = [
-        name for name, cls in known.items() if not issubclass(cls, LearnedMethod) or (HEADS / f"{name}.safetensors").exists()
-    ]
-    return ",".join([UNPRUNED, *usable])
+    """All that are there, learned ones with heads for TinyViT alone, and calibrated settings; the unpruned model first."""
+    usable = [name for name in vlprune.methods("vit") if name not in TRAINED or trained(MODEL, name)]
+    calibrated = [name for name in shipped() if name.startswith(f"{MODEL}-")]
+    found = [(read(name), name) for name in calibrated]
+    return ",".join([UNPRUNED, *usable, *(f"{method.name}[config={name}]:{method.budget}" for method, name in found)])
 
 
 @dataclass(frozen=True)
@@ -63,10 +60,7 @@ def method_of(setting: Setting) -> Any:
     known = vlprune.methods("vit")
     if setting.name not in known:
         raise UnsupportedMethodError(f"{setting.name!r} is no method for vision transformers; those: {', '.join(known)}")
-    cls = known[setting.name]
-    if issubclass(cls, LearnedMethod):
-        return make(cls, budget=setting.budget, heads=str(HEADS / f"{setting.name}.safetensors"))
-    return setting.make()
+    return Setting(with_weights(setting.method, MODEL), setting.budget).make()
 
 
 def run(
