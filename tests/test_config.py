@@ -103,6 +103,8 @@ def test_without_a_method_the_kind_of_model_decides():
             report = vlprune.report(model)
             assert isinstance(report, vlprune.Report)
             assert 0 < report.cached < report.total
+        vlprune.apply(model, preset="quality", without_sinks=True)
+        assert applied_method(model) == vlprune.without_sinks(presets.PRESETS[kind]["quality"].make())
     assert chosen(build_vit("vit classifier"), "fast") == presets.PRESETS[presets.VIT]["fast"].make()
 
 

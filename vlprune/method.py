@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, TypeVar, overload
@@ -177,6 +177,10 @@ class Method:
         """Patch rows and columns at which the vision encoder sees each tile; the layout's own grid unless overridden."""
         return layout.grid
 
+    def inactive_heads(self) -> Mapping[int, Sequence[int]]:
+        """LLM layer -> heads of keys, and with them the heads that read them, in which visual tokens count for nothing."""
+        return {}
+
     def to_dict(self) -> dict[str, Any]:
         """The method's name and knobs, ready for JSON; :func:`from_dict` reads it back."""
         return {"method": self.name, **dataclasses.asdict(self)}
@@ -249,7 +253,12 @@ def _all_methods() -> dict[str, type[Method]]:
 
 
 def make(method: str | Method | type[Method], **options: Any) -> Method:
-    """A method from its name or class and options; an object is taken as it is, with ``options`` changed in a copy."""
+    """A method from its name or class and options; an object is taken as it is, with ``options`` changed in a copy.
+
+    ``without_sinks=True`` is an option of every method that chooses inside the LLM: see :func:`vlprune.without_sinks`.
+    """
+    if "without_sinks" in options:
+        return _without_sinks(options.pop("without_sinks"), make(method, **options))
     if isinstance(method, str):
         known = _all_methods()
         if method not in known:
@@ -263,6 +272,14 @@ def make(method: str | Method | type[Method], **options: Any) -> Method:
     if isinstance(method, Method):
         return dataclasses.replace(method, **options) if options else method
     return method(**options)
+
+
+def _without_sinks(wanted: Any, method: Method) -> Method:
+    from vlprune.methods.sinks import without_sinks
+
+    if not isinstance(wanted, bool):
+        raise OptionError(f"without_sinks={wanted!r}: allowed are True and False; vlprune.without_sinks() has a threshold")
+    return without_sinks(method) if wanted else method
 
 
 def from_dict(data: dict[str, Any]) -> Method:

@@ -48,9 +48,20 @@ def test_options_stand_in_brackets_and_have_the_types_of_the_fields():
     assert options_of("random") == {}
 
 
+def test_attention_sinks_may_be_left_out_of_account():
+    """By an option that every method has which chooses inside the LLM, whatever fields it has."""
+    bare, aware = parse("fastv[layer=1,without_sinks=false]:0.6,snapkv[ without_sinks = true, kernel=3]:0.2", "0.4")
+    assert bare.make() == vlprune.FastV(budget=0.6, layer=1)
+    assert aware.make() == vlprune.without_sinks(vlprune.SnapKV(budget=0.2, kernel=3))
+    assert (aware.name, aware.label) == ("snapkv", "snapkv[ without_sinks = true, kernel=3] 0.2")
+    assert Setting("pyramiddrop[config=tinyvlm-pyramiddrop,without_sinks=true]", 0.5).make().stages == ("prefill",)
+
+
 @pytest.mark.parametrize(
     ("methods", "told"),
     [
+        ("hired[without_sinks=true]", "before the LLM"),
+        ("snapkv[without_sinks=2]", "allowed on the command line is bool"),
         ("fastv[layer=x]", r"fastv\[layer=x\]: allowed on the command line is int"),
         ("fastv[layr=1]", "did you mean 'layer'.* Its options: budget, layer, keep"),
         ("fastv[layer]", "name=value"),

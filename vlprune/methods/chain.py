@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,6 +105,13 @@ class Chain(Method):
 
     def evict(self, tokens: CacheTokens) -> Selection:
         return self.methods[-1].evict(tokens)
+
+    def inactive_heads(self) -> Mapping[int, Sequence[int]]:
+        found: dict[int, set[int]] = {}
+        for member in self.methods:
+            for layer, heads in member.inactive_heads().items():
+                found.setdefault(layer, set()).update(heads)
+        return {layer: sorted(heads) for layer, heads in found.items()}
 
     def to_dict(self) -> dict[str, Any]:
         return {"method": self.name, "methods": [member.to_dict() for member in self.methods]}
