@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
+import torch
 from typer.testing import CliRunner
 
 import vlprune
 from vlprune import cli, shell
-from vlprune.evals.tinyvit import evaluate
+from vlprune.calibrate import tinyvit
+from vlprune.calibrate.images import SynthVQA
+from vlprune.evals.tinyvit import evaluate, load_tinyvit
 
 
 def test_rows_table_and_picture_and_a_second_run_goes_on(tmp_path):
@@ -46,4 +50,24 @@ def test_by_default_everything_is_measured_that_can_be():
     learned = {name for name, cls in vlprune.methods("vit").items() if hasattr(cls, "heads")}
     assert set(named) >= set(vlprune.methods("vit")) - learned
     for name in set(named) & learned:
-        assert evaluate.method_of(evaluate.Setting(name, 0.5)).counts(196, 8)
+        given = evaluate.method_of(evaluate.Setting(f"{name}[heads=tinyvit-{name}]", 0.5))
+        assert given == evaluate.method_of(evaluate.Setting(name, 0.5))
+        assert given.counts(196, 8)
+    calibrated = [setting for setting in evaluate.parse(",".join(named), "0.5") if "config" in setting.method]
+    for setting in calibrated:
+        assert sum(evaluate.method_of(setting).counts(196, 8)) <= setting.budget * 196 * 8
+
+
+def test_what_comes_along_for_tinyvit_is_made_by_a_script(tmp_path, monkeypatch):
+    monkeypatch.setattr(tinyvit, "SynthVQA", partial(SynthVQA, batch_size=2))
+    monkeypatch.setattr(tinyvit, "JUDGED", SynthVQA(count=2, batch_size=2, first=8_000_000))
+    tinyvit.main(tmp_path, "vtm,diffrate", steps=1)
+    heads = tmp_path / "tinyvit-vtm.safetensors"
+    counts = {budget: tmp_path / f"{name}.json" for budget, name in tinyvit.COUNTS.items()}
+    assert set(tmp_path.iterdir()) == {heads, *counts.values()}
+    model, pixels = load_tinyvit(), torch.zeros(1, 3, 112, 112)
+    for budget, config in counts.items():
+        for options in ({"config": config}, {"method": "vtm", "heads": heads}):
+            vlprune.apply(model, **options, budget=budget)
+            model(pixels)
+            assert 0.9 * budget < vlprune.report(model).layer_mean / 196 <= budget
