@@ -71,7 +71,7 @@ def test_presets_are_as_good_as_any_method_that_was_measured_at_their_budget(mon
     for kind in (presets.CLS, presets.PLAIN):
         summary = json.loads((publish.DOCS / publish.PAGES[presets.MEASURED_ON[kind]].summary).read_text())
         for name, preset in presets.PRESETS[kind].items():
-            assert preset.method in publish.as_good(publish._settings(summary), preset), (kind, name)
+            assert preset.method in publish.as_good(publish.settings_of(summary), preset), (kind, name)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

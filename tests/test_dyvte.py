@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,8 +74,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
 
 def test_routers_of_tinyvlm_come_along():
     """For each layer before which its images may leave, and as wide as its hidden states."""
-    method, text = vlprune.DyVTE(router="tinyvlm-dyvte"), build.config(64).text_config
-    layers = text.num_hidden_layers
+    text: Any = build.config(64).text_config
+    method, layers = vlprune.DyVTE(router="tinyvlm-dyvte"), text.num_hidden_layers
     assert sorted(method.plan(single(6), ModelShape(5, layers, 3, has_cls=True)).prefill) == list(range(1, layers))
     assert {maps[0].shape[1] for maps in load(weights("tinyvlm-dyvte")).values()} == {2 * text.hidden_size}
 

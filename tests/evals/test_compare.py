@@ -71,6 +71,13 @@ def test_permutation_counts_every_sign():
     assert compare.permutation(change, np.random.default_rng(0)) == pytest.approx(exact, abs=0.015)
 
 
+def test_tests_that_are_made_together_are_corrected():
+    """By hand: the smallest p counts for all tests, the next for one less, and none becomes smaller than the one before."""
+    assert compare.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert compare.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert compare.holm([]) == []
+
+
 def test_no_difference_at_all():
     got = compare.difference(rows([0.3, 0.6, 1]), rows([0.3, 0.6, 1]))
     assert (got.value, got.low, got.high, got.p) == (0, 0, 0, 1)

@@ -88,6 +88,18 @@ def permutation(change: np.ndarray, rng: np.random.Generator, permutations: int 
     return (as_far + 1) / (permutations + 1)
 
 
+def holm(p: Sequence[float]) -> list[float]:
+    """p of tests that are made together, by Holm's correction.
+
+    What is then below a level is significant at it: the chance that any test without a difference gets there is no larger.
+    """
+    adjusted, largest = [1.0] * len(p), 0.0
+    for rank, place in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[place]))
+        adjusted[place] = largest
+    return adjusted
+
+
 def agreement(rows: Sequence[Row], others: Sequence[Row]) -> float:
     """Share of samples with the same answer, but for case and surrounding space; a failed sample agrees with nothing."""
     _check_same(rows, others)
