@@ -31,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(?:^<!-- (shown only|run smaller): ([^\n]+) -->\n)?^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 NOT_TYPED = {
+    "bench serve": "starts servers of vLLM, which is not installed here; tests/serving runs it",
     "demo": "serves until it is interrupted; its own tests start it",
     "calibrate": "reads a model of the hub; its own tests run it with one from the disk",
 }

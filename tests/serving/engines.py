@@ -7,13 +7,8 @@ import json
 import operator
 import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +17,7 @@ import torch
 from transformers import LlavaNextForConditionalGeneration, Qwen2VLVideoProcessor
 
 import vlprune
+from vlprune.bench import vllm_server
 from vlprune.evals import tinyvlm
 from vlprune.evals.benchmarks.base import Example
 from vlprune.evals.benchmarks.synthvqa import SynthVQA
@@ -154,40 +150,9 @@ def engine(folder: Path, prompts: Transformers, **options: Any) -> Iterator[Engi
 # ------------------------------------------------------------------ over HTTP
 
 
-def command(folder: Path, *options: str) -> list[str]:
-    known = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16"]
-    # Not `vllm serve`: the command asks for the version of a package named vllm, and the build for the CPU has another name.
-    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *known, *options]
+OPTIONS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16")
 
 
-@contextmanager
-def server(folder: Path, log: Path, *options: str) -> Iterator[str]:
+def server(folder: Path, log: Path, *options: str) -> AbstractContextManager[str]:
     """Address of an OpenAI-compatible server."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    with log.open("w") as out:
-        running = subprocess.Popen(
-            command(folder, "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), *options),
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            _wait(address, running, log)
-            yield address
-        finally:
-            running.terminate()
-            running.wait(60)
-
-
-def _wait(address: str, running: subprocess.Popen[Any], log: Path) -> None:
-    end = time.monotonic() + START
-    while time.monotonic() < end:
-        assert running.poll() is None, log.read_text()[-3000:]
-        try:
-            with urllib.request.urlopen(f"{address}/health", timeout=5):
-                return
-        except OSError:
-            time.sleep(1)
-    raise AssertionError(log.read_text()[-3000:])
+    return vllm_server.server(str(folder), [*OPTIONS, "--served-model-name", "tiny", *options], log, START)

@@ -1,7 +1,8 @@
-"""The command ``vlprune bench``: ``kernels``, ``model``, ``vit``, ``plot``, ``report``, ``all``."""
+"""The command ``vlprune bench``: ``kernels``, ``model``, ``vit``, ``serve``, ``plot``, ``report``, ``all``."""
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from vlprune.bench import METHODS, vit_names
+from vlprune.bench import METHODS, vit_names, written
 from vlprune.errors import VLPruneError
-from vlprune.evals import settings as written
+from vlprune.evals import settings
 from vlprune.terminal import clear_errors
 
 app = typer.Typer(
@@ -55,14 +56,14 @@ def bench_kernels(
     from vlprune.bench import jobs, journal, kernel_rows, report
     from vlprune.bench import kernels as cases
 
-    console, where = Console(highlight=False), _device(device, threads)
+    console, where = Console(highlight=False), written.device(device, threads)
     default = cases.ON_GPU if where.type == "cuda" else cases.ON_CPU
-    chosen = _named(cases.CASES, operations, "--operations")
+    chosen = written.named(cases.CASES, operations, "--operations")
     sink = jobs.Sink(out or journal.default_path("kernels"), kernel_rows.COLUMNS, where, resume)
-    of = _named(cases.SHAPES, shapes or ",".join(default), "--shapes")
+    of = written.named(cases.SHAPES, shapes or ",".join(default), "--shapes")
     also = where.type == "cuda" if compiled is None else compiled
     console.print(f"{len(chosen)} operations at {len(of)} shapes on {escape(_name(sink))}, into {sink.path}")
-    jobs.kernels(chosen, of, sink, _dtype(dtype, where), rounds, also, _say(console))
+    jobs.kernels(chosen, of, sink, written.dtype(dtype, where), rounds, also, _say(console))
     report.print_kernels(sink.rows, console)
 
 
@@ -88,7 +89,7 @@ def bench_model(
             show_default=METHODS,
         ),
     ] = None,
-    budgets: Annotated[str, typer.Option(help="Of methods that name none.")] = written.BUDGETS,
+    budgets: Annotated[str, typer.Option(help="Of methods that name none.")] = settings.BUDGETS,
     batch: Annotated[str, typer.Option(help="Prompts at a time; several sizes with commas between.")] = "1",
     attention: Annotated[str, typer.Option(help="sdpa, eager, flash_attention_2; several with commas between.")] = "sdpa",
     rounds: Annotated[int, typer.Option(min=1, help="How often each variant runs, in turns with all others.")] = 15,
@@ -116,20 +117,20 @@ def bench_model(
 
     if model and like:
         raise VLPruneError("--model and --like: give one of them")
-    console, where = Console(highlight=False), _device(device, threads)
-    sizes = [_count(number, "--batch") for number in _parts(batch)]
+    console, where = Console(highlight=False), written.device(device, threads)
+    sizes = written.counts(batch, "--batch")
     plan = jobs.Plan(
         suite.variants_of(methods or suite.methods(), budgets),
-        _parts(attention),
+        written.parts(attention),
         sizes,
         rounds,
         warmup,
         new_tokens,
         words,
-        _pixels(image),
+        written.pixels(image),
         minutes,
     )
-    load, name = _loader(model, like, scale, where, _dtype(dtype, where))
+    load, name = _loader(model, like, scale, where, written.dtype(dtype, where))
     sink = jobs.Sink(out or journal.default_path("model"), rows.COLUMNS, where, resume)
     console.print(f"{name}: {len(plan.variants)} variants in up to {rounds} rounds on {escape(_name(sink))}, into {sink.path}")
     jobs.models(load, name, plan, sink, _say(console))
@@ -159,14 +160,66 @@ def bench_vit(
     """
     from vlprune.bench import jobs, journal, suite, vit, vit_report
 
-    console, where = Console(highlight=False), _device(device, threads)
-    sizes = _named(vit.SIZES, models, "--models")
+    console, where = Console(highlight=False), written.device(device, threads)
+    sizes = written.named(vit.SIZES, models, "--models")
     plan = vit.VitPlan(suite.variants_of(methods, budgets), batch, rounds, minutes)
     sink = jobs.Sink(out or journal.default_path("vit"), vit.COLUMNS, where, resume)
     console.print(f"{len(sizes)} models, {len(plan.variants)} variants on {escape(_name(sink))}, into {sink.path}")
     for size in sizes:
-        vit.measure(size, plan, sink, _dtype(dtype, where), _say(console))
+        vit.measure(size, plan, sink, written.dtype(dtype, where), _say(console))
     vit_report.show(sink.rows, console)
+
+
+@app.command("serve")
+@clear_errors
+def bench_serve(
+    model: Annotated[str | None, typer.Option(help="A model's hub id or folder, as vLLM takes it.")] = None,
+    like: Annotated[
+        str | None,
+        typer.Option(help="Random weights, the size of a LLaVA-NeXT: llava-next-7b and others.", show_default=LIKE),
+    ] = None,
+    scale: Annotated[str | None, typer.Option(help="With --like: full, small, tiny, or divisors of width and depth.")] = None,
+    methods: Annotated[str, typer.Option(help="As for eval: with commas between, options in brackets.")] = "uniform,hired",
+    budgets: Annotated[str, typer.Option(help="Of methods that name none.")] = "0.2",
+    concurrency: Annotated[str, typer.Option(help="Requests under way at a time.")] = "1,2,4,8,16,32",
+    requests: Annotated[int, typer.Option(min=1, help="At each concurrency, or twice the concurrency if that is more.")] = 8,
+    image: Annotated[
+        str | None, typer.Option(help="Height and width in pixels; the size's own, or 672x672 with --model.")
+    ] = None,
+    words: Annotated[int, typer.Option(min=1, help="Tokens of text in a prompt.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 32,
+    again: Annotated[bool, typer.Option(help="Serve unpruned once more at the end, to see how much times vary.")] = True,
+    options: Annotated[str, typer.Option(help="Options for vLLM's servers, as they are written there.")] = "",
+    logs: Annotated[Path | None, typer.Option(help="Folder for what the servers write.")] = None,
+    resume: Resume = False,
+    out: Out = None,
+) -> None:
+    """Servers of vLLM with and without pruning: time to first token and throughput by requests under way. Needs vLLM.
+
+    Example: vlprune bench serve --like llava-next-tiny --concurrency 1,4 --out serving.csv
+    """
+    from tempfile import TemporaryDirectory
+
+    from vlprune.bench import jobs, journal, load, serving, serving_report, sizes, suite
+
+    if model and like:
+        raise VLPruneError("--model and --like: give one of them")
+    variants = serving.in_turn(suite.variants_of(methods, budgets), again)
+    levels, size = written.counts(concurrency, "--concurrency"), None if model else sizes.size_of(like or LIKE, scale)
+    pixels = written.pixels(image) or (size.image if size else sizes.SQUARE)
+    console, where = Console(highlight=False), written.device("auto")
+    sink = jobs.Sink(out or journal.default_path("serving"), serving.COLUMNS, where, resume)
+    with TemporaryDirectory() as folder:
+        given = model or str(Path(folder) / "model")
+        plan = serving.ServingPlan(
+            given, size.name if size else given, variants, levels, requests, pixels, words, new_tokens, shlex.split(options)
+        )
+        serving.version()
+        if size:
+            load.save(size, Path(given))
+        console.print(f"{plan.name}: {len(variants)} servers on {escape(_name(sink))}, into {sink.path}")
+        serving.measure(plan, sink, logs or Path(folder), console.print)
+    serving_report.show(sink.rows, console)
 
 
 @app.command("plot")
@@ -197,7 +250,7 @@ def bench_report(
     folder: Annotated[Path, typer.Argument(help="Folder with CSV files of all kinds.")] = Path("benchmarks/results"),
     docs: Annotated[Path, typer.Option(help="Folder of the documents.")] = Path("docs"),
 ) -> None:
-    """Writes docs/results/speed.md, speed-kernels.md, speed-vit.md and pictures from CSV files: no number is copied.
+    """Writes docs/results/speed.md, speed-kernels.md, speed-vit.md, serving.md and pictures from CSV files.
 
     Example: vlprune bench report . --docs pages
     """
@@ -222,67 +275,8 @@ def bench_all(
     """
     from vlprune.bench import suite
 
-    where = _device(device, None)
-    suite.run(suite.plan(where, smoke), _parts(only), out, resume, Console(highlight=False))
-
-
-# ------------------------------------------------------------------ what was written
-
-
-def _parts(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _named(known: dict[str, Any], text: str | None, option: str) -> list[Any]:
-    names = list(known) if text is None else _parts(text)
-    for name in names:
-        if name not in known:
-            raise VLPruneError(f"{option}: unknown {name!r}; known are {', '.join(known)}")
-    return [known[name] for name in names]
-
-
-def _count(text: str, option: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise VLPruneError(f"{option} {text!r}: allowed are whole numbers from 1, with commas between")
-    return int(text)
-
-
-def _pixels(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    height, x, width = text.partition("x")
-    if not (x and height.isdecimal() and width.isdecimal()):
-        raise VLPruneError(f"--image {text!r}: allowed are height and width in pixels, as in 672x672")
-    return int(height), int(width)
-
-
-def _device(name: str, threads: int | None) -> Any:
-    import torch
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if threads:
-        torch.set_num_threads(threads)
-    gpu = torch.cuda.is_available()
-    if name == "auto":
-        name = "cuda" if gpu else "cpu"
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise VLPruneError(f"--device {name!r}: allowed are auto, cpu, cuda")
-    if name != "cpu" and not gpu:
-        raise VLPruneError(f"--device {name!r}: PyTorch sees no GPU here")
-    return torch.device(name)
-
-
-def _dtype(name: str, device: Any) -> Any:
-    import torch
-
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
-    if name not in known:
-        raise VLPruneError(f"--dtype {name!r}: allowed are auto, {', '.join(known)}")
-    return known[name]
+    where = written.device(device, None)
+    suite.run(suite.plan(where, smoke), written.parts(only), out, resume, Console(highlight=False))
 
 
 def _loader(model: str | None, like: str | None, scale: str | None, device: Any, dtype: Any) -> tuple[Callable[[], Any], str]:

@@ -97,7 +97,7 @@ def _cell(value: Any) -> Any:
     return " ".join(value.split()) if isinstance(value, str) else value
 
 
-TEXT = {"date", "device", "vlprune", "torch", "transformers", "triton", "commit", "command", "budget"}
+TEXT = {"date", "device", "vlprune", "torch", "transformers", "triton", "vllm", "commit", "command", "budget"}
 """Columns that may look like numbers and are none; of budgets, 1 and 1.0 differ."""
 
 

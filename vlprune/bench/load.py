@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from vlprune.bench.sizes import Size
 from vlprune.bench.workload import Workload
 from vlprune.errors import VLPruneError
 from vlprune.evals import tinyvlm
+from vlprune.evals.tinyvlm import build, export
 
 
 @dataclass(frozen=True)
@@ -54,3 +56,32 @@ def _trained(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
         return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype), AutoProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise VLPruneError(f"cannot load {name!r}: {error}") from error
+
+
+# ------------------------------------------------------------------ for servers, which read a folder
+
+
+class _OfSize(build.LlavaNext):
+    """A LLaVA-NeXT of any size with TinyVLM's tokenizer, and pictures as its configuration says."""
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    def processor(self) -> Any:
+        vision = self.config.vision_config
+        made: Any = build.processor(vision.image_size, vision.patch_size, self.config.image_grid_pinpoints)
+        made.tokenizer.model_max_length = self.config.text_config.max_position_embeddings
+        return made
+
+
+def save(size: Size, folder: Path) -> None:
+    """A model with seeded random weights, its tokenizer and processor, as a folder of the hub."""
+    from transformers import LlavaNextForConditionalGeneration
+
+    config = size.config()
+    if config.model_type != "llava_next":
+        raise VLPruneError(f"{size.name}: only LLaVA-NeXT can be saved at a size; give another model with --model")
+    config.text_config.vocab_size = len(build.tokenizer())
+    config.image_token_index = build.SPECIAL.index("<image>")
+    torch.manual_seed(0)
+    export.export(LlavaNextForConditionalGeneration(config), folder, _OfSize(config))

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from vlprune.bench import journal, kernel_rows, model, plot, report, vit, vit_report
+from vlprune.bench import journal, kernel_rows, model, plot, report, serving, serving_report, vit, vit_report
 from vlprune.bench.journal import Row
 from vlprune.errors import VLPruneError
 
 IMAGES = "images/speed"
 BEGIN, END = "<!-- measured:speed -->", "<!-- end of measured:speed -->"
+OVERVIEWS = {"model": report.overview, "vit": vit_report.overview, "kernels": report.kernel_overview}
+"""What stands between these marks."""
 
 
 def publish(folder: Path, docs: Path) -> list[Path]:
-    """From all CSV files in ``folder``: ``results/speed.md``, ``results/speed-kernels.md``, ``results/speed-vit.md`` and
-    pictures in ``docs``, and the tables between the marks of ``speed.md``."""
+    """From all CSV files in ``folder``: ``results/speed.md``, ``speed-kernels.md``, ``speed-vit.md`` and ``serving.md`` beside
+    it, pictures in ``docs``, and the tables between the marks of ``speed.md``."""
     rows = _rows(sorted(folder.glob("**/*.csv")))
     if not any(rows.values()):
         raise VLPruneError(f"{folder} holds no rows of vlprune bench")
@@ -33,13 +35,19 @@ def publish(folder: Path, docs: Path) -> list[Path]:
         links = "".join(f"![Speed-up against patches kept](../{path.relative_to(docs)})\n\n" for path in pictures)
         page.write_text(vit_report.page(rows["vit"]).replace("\n\n## ", f"\n\n{links}## ", 1), encoding="utf-8")
         written += [page, *pictures]
+    if rows["serving"]:
+        page = docs / "results" / "serving.md"
+        pictures = serving_report.draw(rows["serving"], docs / IMAGES)
+        links = [f"../{path.relative_to(docs)}" for path in pictures]
+        page.write_text(serving_report.page(rows["serving"], links), encoding="utf-8")
+        written += [page, *pictures]
     return written + _filled(docs / "speed.md", rows)
 
 
 def pictures(files: Sequence[Path]) -> list[tuple[Callable[[Sequence[Row], Path], list[Path]], list[Row]]]:
     """For each kind of rows in ``files`` what draws them, and the rows."""
     rows = _rows(files)
-    drawing = {"model": plot.draw, "vit": vit_report.draw}
+    drawing = {"model": plot.draw, "vit": vit_report.draw, "serving": serving_report.draw}
     return [(draw, rows[kind]) for kind, draw in drawing.items() if rows[kind]]
 
 
@@ -48,10 +56,9 @@ def _filled(page: Path, rows: dict[str, list[Row]]) -> list[Path]:
     text = page.read_text(encoding="utf-8") if page.exists() else ""
     before, mark, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
-    if not mark or not end:
+    if not mark or not end or not any(rows[kind] for kind in OVERVIEWS):
         return []
-    overviews = {"model": report.overview, "vit": vit_report.overview, "kernels": report.kernel_overview}
-    found = [overview(rows[kind]) for kind, overview in overviews.items() if rows[kind]]
+    found = [overview(rows[kind]) for kind, overview in OVERVIEWS.items() if rows[kind]]
     page.write_text("\n".join([before + mark, *found, end + after]), encoding="utf-8")
     return [page]
 
@@ -69,7 +76,7 @@ def _models(rows: list[Row], docs: Path) -> list[Path]:
     return [page, *written]
 
 
-KINDS = {"model": model.COLUMNS, "kernels": kernel_rows.COLUMNS, "vit": vit.COLUMNS}
+KINDS = {"model": model.COLUMNS, "kernels": kernel_rows.COLUMNS, "vit": vit.COLUMNS, "serving": serving.COLUMNS}
 
 
 def _rows(files: Iterable[Path]) -> dict[str, list[Row]]:

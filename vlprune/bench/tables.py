@@ -113,8 +113,10 @@ def provenance(rows: Sequence[Row]) -> str:
     def all_of(name: str) -> str:
         return " and ".join(dict.fromkeys(str(row[name]) for row in rows if row.get(name) is not None))
 
-    cores = f" ({all_of('cores')} cores, {all_of('threads')} threads)" if all_of("cores") else ""
-    versions = ", ".join(f"{name} {all_of(name)}" for name in ("vlprune", "torch", "transformers", "triton") if all_of(name))
+    sizes = ", ".join(f"{all_of(name)} {name}" for name in ("cores", "threads") if all_of(name))
+    cores = f" ({sizes})" if sizes else ""
+    packages = ("vlprune", "vllm", "torch", "transformers", "triton")
+    versions = ", ".join(f"{name} {all_of(name)}" for name in packages if all_of(name))
     dates = sorted({str(row["date"])[:10] for row in rows})
     commands = " and ".join(f"`{command}`" for command in dict.fromkeys(str(row["command"]) for row in rows))
     days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"

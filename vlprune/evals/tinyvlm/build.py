@@ -7,7 +7,7 @@ ends, so 336 visual tokens an image.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,21 +58,21 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def processor() -> LlavaNextProcessor:
+def processor(tile: int = TILE, patch: int = PATCH, grids: Sequence[Sequence[int]] = ((SIZE, SIZE),)) -> LlavaNextProcessor:
+    """``tile``, ``patch``: pixels of their sides. ``grids``: heights and widths in pixels that an image may be resized to."""
     from transformers import LlavaNextImageProcessor
 
-    tile = {"height": TILE, "width": TILE}
     image_processor = LlavaNextImageProcessor(
-        size={"shortest_edge": TILE},
-        crop_size=tile,
-        image_grid_pinpoints=[[SIZE, SIZE]],
+        size={"shortest_edge": tile},
+        crop_size={"height": tile, "width": tile},
+        image_grid_pinpoints=[list(grid) for grid in grids],
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
     )
     return LlavaNextProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer(),
-        patch_size=PATCH,
+        patch_size=patch,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
@@ -141,8 +141,11 @@ class LlavaNext(Architecture):
     def model(self, seed: int = 0) -> LlavaNextForConditionalGeneration:
         return model(seed)
 
+    def processor(self) -> LlavaNextProcessor:
+        return processor()
+
     def save_processor(self, folder: Path) -> None:
-        made = processor()
+        made = self.processor()
         made.save_pretrained(folder)
         # transformers 4.57 looks for the image processor in a file of its own, by its old name.
         made.image_processor.save_pretrained(folder)
