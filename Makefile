@@ -22,7 +22,8 @@ OTHER_TESTS := $(patsubst %,--ignore=%,$(VIT_TESTS) $(VLLM_TESTS))
 # it, open_clip with rows first and with the batch first. The oldest transformers goes with the oldest of both.
 VERSIONS := 0.9.0_2.24.0 1.0.15_2.30.0 1.0.16_3.0.0
 NO_TRANSFORMERS := $(patsubst %,--ignore=tests/evals/test_%.py,benchmarks compare metrics recipes synthvqa vqa_normalisation) \
-	$(patsubst %,--ignore=tests/test_%.py,apet calibrate fastervlm globalcom2 holov scope todre vflowopt vispruner vscan visionzip) \
+	$(patsubst %,--ignore=tests/test_%.py,adversarial apet calibrate dart divprune fastervlm fastv flowcut globalcom2 holov) \
+	$(patsubst %,--ignore=tests/test_%.py,mustdrop pyramiddrop scope todre transprune vflowopt visionzip vispruner vscan) \
 	$(patsubst %,--ignore=tests/vit/test_%.py,diffrate mctf pitome tofu tome vid_tldr zero_tprune) \
 	--ignore=tests/kernels --ignore=tests/test_packaging.py --ignore=tests/test_demo.py --ignore=tests/test_site.py \
 	--deselect tests/test_examples.py::test_what_help_shows_works_as_typed
@@ -192,5 +193,4 @@ comma := ,
 .PHONY: clean
 clean:
 	rm -rf .venv .venv-oldest .venv-vit .venv-versions .venv-vllm build dist results site .hypothesis .import_linter_cache .pytest_cache .ruff_cache
-	rm -rf .venv .venv-oldest build dist results .hypothesis .import_linter_cache .pytest_cache .ruff_cache
 	find vlprune tests -name __pycache__ -type d -prune -exec rm -rf {} +

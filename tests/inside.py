@@ -61,14 +61,14 @@ def before_layer(
     layout: ImageLayout,
     layer: int,
     positions: Tensor,
-    content: str = "random",
+    content: str | tuple[Callable[..., Tensor], Callable[..., Tensor]] = "random",
     seed: int = 0,
     shape: ModelShape = SHAPE,
     notes: dict[str, Tensor] | None = None,
 ) -> LayerTokens:
     """What ``method`` is shown of an image whose ``positions`` are left: all signals, of one image between words."""
     generator = torch.Generator().manual_seed(seed * 100 + layer)
-    weights, vectors = CONTENTS[content]
+    weights, vectors = CONTENTS[content] if isinstance(content, str) else content
     n = positions.shape[0]
     rows = BEFORE + n + BEHIND
     visual = torch.arange(n) + BEFORE
@@ -84,6 +84,9 @@ def before_layer(
             if signal.queries == "text" and not signal.mean_queries:
                 attention[:, :BEFORE] = 0
             signals[signal] = attention[..., visual]
+            continue
+        if isinstance(signal, vlprune.AttentionColumns):
+            signals[signal] = weights(generator, 4, rows)[..., visual]
             continue
         if isinstance(signal, vlprune.Transition):
             of_rows[signal] = vectors(generator, rows, WIDTH)[:, :2].tanh() + torch.tensor([1.0, 0.0])

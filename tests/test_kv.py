@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import vlprune
-from tests import test_stages, zoo
+from tests import inside, test_stages, zoo
 from tests.between import CLIP, CONTENTS
 from tests.reference import dropped, masked
 from tests.test_costs import waits
@@ -293,6 +293,24 @@ def test_a_budget_is_shared_out_over_layers_exactly():
     assert budgets.over_layers(3, [0, 0, 0], 9) == [3, 3, 3]
 
 
+def test_vl_cache_of_adversarial_attention():
+    """Seats go one by one to the layer whose part is least used; in it the best columns stay, of equal ones the first."""
+    for content, side, by_head, budget in product([*CONTENTS, "random"], (1, 4), (False, True), (1, 0.3, 0.9)):
+        method = vlprune.VLCache(budget=budget, by_head=by_head)
+        tokens = cached(method, content, side)
+        spread = [sum(tokens[s].double().tolist()) for s in method.wants(CLIP) if isinstance(s, AttentionSupport)]
+        parts = [s / sum(spread) * 4 * method.count(side**2) for s in spread]
+        given = [0] * 4
+        for _ in range(4 * method.count(side**2)):
+            given[max((i for i in range(4) if given[i] < side**2), key=lambda i: (parts[i] - given[i], -i))] += 1
+        while 0 in given:
+            given[given.index(max(given))] -= 1
+            given[given.index(0)] += 1
+        rows = of_heads(tokens, AttentionColumns(LAYER, queries="after"), 1)
+        expected = [best(row, given[LAYER]) for row in (rows if by_head else [[sum(c) for c in zip(*rows, strict=True)]])]
+        assert method.evict(tokens).keep.tolist() == (expected if by_head else expected[0]), (content, side, by_head, budget)
+
+
 @pytest.mark.parametrize("by_head", [False, True])
 def test_vl_cache_gives_layers_what_their_attention_is_spread_over(by_head):
     """Counts in proportion to the keys that the question looks at in each layer, and the choice, by eager attention."""
@@ -441,6 +459,20 @@ def test_spatten_sums_what_each_layer_has_given():
         sums = {j: sums[j] + received[j] for j in alive}
         alive = sorted(sorted(alive, key=lambda j: (-sums[j], j))[: stage.tokens_out])
         assert stage.kept == alive
+
+
+@pytest.mark.parametrize("content", inside.CONTENTS)
+def test_spatten_of_adversarial_attention(content):
+    """Sums over the layers gone through; of equal ones the first stays."""
+    for seed in range(2):
+        sums: dict[tuple[int, int], float] = {}
+        for tokens, selection in inside.journeys(vlprune.SpAtten(budget=0.5), content, seed):
+            places = [(tokens.layout.total, place) for place in tokens.positions.tolist()]
+            for place, column in zip(places, zip(*tokens[AttentionColumns()].double().tolist(), strict=True), strict=True):
+                sums[place] = sums.get(place, 0.0) + sum(column) / len(column)
+            scores = [sums[place] for place in places]
+            inside.assert_best(selection.keep.tolist(), scores, tokens.count)
+            assert content == "random" or selection.keep.tolist() == inside.best(scores, tokens.count)
 
 
 # ------------------------------------------------------------------ attention sinks

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
 
 import vlprune
-from tests import zoo
+from tests import between, zoo
 from vlprune.image import ImageLayout, ImageTokens, centres
 from vlprune.integrations.layouts import tiles_in_a_row
 from vlprune.integrations.llava import anyres, single
@@ -47,8 +48,8 @@ def hired_by_hand(img: ImageTokens, alpha: float, allocation: str) -> list[int]:
     """methods of the paper and of the official code, tile by tile with plain loops, remainders given out exactly."""
     layout = img.layout
     place = layout.placeholder.tolist()
-    late = img[LATE].sum(1).tolist()
-    early = img[EARLY][0].sum(0).tolist()
+    late = img[LATE].double().sum(1).tolist()
+    early = img[EARLY][0].double().sum(0).tolist()
     patches = len(early)
     count = min(img.count, sum(layout.available))
     ranked = []
@@ -90,6 +91,15 @@ def test_hired_selects_what_its_definition_says(layout, budget, alpha, allocatio
     img = image(LAYOUTS[layout](), budget)
     method = vlprune.HiRED(budget=budget, alpha=alpha, allocation=allocation)
     assert method.select(img).keep.tolist() == hired_by_hand(img, alpha, allocation)
+
+
+@pytest.mark.parametrize("content", between.CONTENTS)
+@pytest.mark.parametrize("layout", between.LAYOUTS)
+def test_hired_selects_what_its_definition_says_of_adversarial_images(layout, content):
+    for budget, alpha, allocation in product([1, 7, 0.3, 0.95, 10_000], [0.0, 0.5, 1.0], ["counts", "sums"]):
+        method = vlprune.HiRED(budget=budget, alpha=alpha, allocation=allocation)
+        img = between.image(method, between.LAYOUTS[layout](), content)
+        assert method.select(img).keep.tolist() == hired_by_hand(img, alpha, allocation), (budget, alpha, allocation)
 
 
 @pytest.mark.parametrize(("budget", "thumbnail"), [(576, 288), (1152, 576), (2000, 576)])

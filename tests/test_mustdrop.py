@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests import inside
 from vlprune.errors import BudgetError, OptionError
 from vlprune.image import CacheTokens, ImageLayout, ImageTokens, LayerTokens, ModelShape, VisionTokens
 from vlprune.integrations.llava import anyres, single
@@ -30,6 +31,7 @@ LAYOUTS = {
     "much padding": lambda: anyres(126, 24, 6, 42, ((126, 42), (84, 42))),
 }
 LAYOUT_CASES = pytest.mark.parametrize("layout", [make() for make in LAYOUTS.values()], ids=LAYOUTS)
+ADVERSARIAL = [content for content in inside.CONTENTS if content != "random"]
 THRESHOLDS = {"global_threshold": 0.02, "individual_threshold": 0.03}
 
 
@@ -64,7 +66,8 @@ def likeness_by_hand(hidden: Tensor, window: list[int]) -> float:
     """Mean cosine similarity of the pairs of different patches."""
 
     def cosine(a: list[float], b: list[float]) -> float:
-        return sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(sum(x * x for x in a) * sum(x * x for x in b))
+        lengths = math.sqrt(sum(x * x for x in a) * sum(x * x for x in b))
+        return sum(x * y for x, y in zip(a, b, strict=True)) / lengths if lengths else 0.0
 
     pairs = [cosine(hidden[i].tolist(), hidden[j].tolist()) for i, j in permutations(window, 2)]
     return sum(pairs) / len(pairs)
@@ -157,6 +160,23 @@ def test_a_budget_merges_the_windows_that_are_most_alike(layout, budget, seed):
     assert plan.entering == (entering if merges else max(entering, method.count(layout.total)))
 
 
+@pytest.mark.parametrize("content", inside.CONTENTS)
+@LAYOUT_CASES
+def test_windows_of_adversarial_images(layout, content):
+    """Of equal windows the first; with thresholds, and with a budget."""
+    hidden = inside.CONTENTS[content][1](torch.Generator().manual_seed(0), *layout.placeholder.shape, 4)
+    alike = alike_by_hand(layout, hidden)
+    for options in ({"budget": 0.3}, {"budget": 0.6}, *({**THRESHOLDS, "merge_threshold": t} for t in (0.0, 0.3, 0.99))):
+        method = MustDrop(**{"merge_share": 0.5, **options})
+        selection = method.encode(vision(layout, hidden)) if method.encode_layers(layout, SHAPE) else None
+        found = carried_out(hidden, selection)
+        if "budget" in options:
+            merges = (hidden.shape[1] - len(found[0])) // 8
+        else:
+            merges = min(sum(score >= options["merge_threshold"] for score in scores.values()) for scores in alike)
+        same(found, merged_by_hand(layout, hidden, [best(scores, merges) for scores in alike]))
+
+
 @pytest.mark.parametrize("side", [2, 3, 4])
 def test_windows_of_other_sizes(side):
     layout = single(9)
@@ -199,31 +219,35 @@ def test_the_official_windows():
 # ------------------------------------------------------------------ the key set
 
 
-def after_encoder(layout: ImageLayout, seed: int, cls: bool = True, share: float = 0.7) -> ImageTokens:
+def after_encoder(
+    layout: ImageLayout, seed: int, cls: bool = True, share: float = 0.7, content: str = "random"
+) -> ImageTokens:
     """An image that has lost some of its patches, with its attention rows."""
     generator = torch.Generator().manual_seed(seed)
     tiles, patches = layout.placeholder.shape
     stays = torch.rand(tiles, patches, generator=generator) < share
-    attention = torch.randn(tiles, 3, patches, generator=generator).softmax(-1) * stays[:, None]
+    attention = inside.CONTENTS[content][0](generator, tiles, 3, patches) * stays[:, None]
     alive = layout.placeholder[stays & (layout.placeholder >= 0)].sort().values
     return ImageTokens(torch.zeros(layout.total, 2), layout, len(alive), {CLS if cls else MEAN: attention}, alive)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("content", inside.CONTENTS)
 @pytest.mark.parametrize("rate", [0.08, 0.3, 1.0])
 @pytest.mark.parametrize("cls", [True, False], ids=["CLS", "no CLS"])
 @LAYOUT_CASES
-def test_the_key_set_is_what_the_encoder_looks_at(layout, cls, rate, seed):
-    image = after_encoder(layout, seed, cls)
-    alive = set(image.alive.tolist())
-    (attention,) = image.signals.values()
-    expected: set[int] = set()
-    for places, rows in zip(layout.placeholder.tolist(), attention.tolist(), strict=True):
-        scores = {place: sum(row[p] for row in rows) for p, place in enumerate(places) if place in alive}
-        expected |= set(best(scores, math.ceil(round(rate * len(scores), 6))))
-    keep = MustDrop(keep_rate=rate, budget=0.5).select(image).keep
-    assert keep.tolist() == sorted(alive)
-    assert image.notes["key_set"].nonzero()[:, 0].tolist() == sorted(expected)
+def test_the_key_set_is_what_the_encoder_looks_at(layout, cls, rate, content):
+    for seed in range(3 if content == "random" else 1):
+        image = after_encoder(layout, seed, cls, content=content)
+        assert image.alive is not None
+        alive = set(image.alive.tolist())
+        (attention,) = image.signals.values()
+        expected: set[int] = set()
+        for places, rows in zip(layout.placeholder.tolist(), attention.double().tolist(), strict=True):
+            scores = {place: sum(row[p] for row in rows) for p, place in enumerate(places) if place in alive}
+            expected |= set(best(scores, math.ceil(round(rate * len(scores), 6))))
+        keep = MustDrop(keep_rate=rate, budget=0.5).select(image).keep
+        assert keep.tolist() == sorted(alive)
+        assert image.notes["key_set"].nonzero()[:, 0].tolist() == sorted(expected)
 
 
 def test_the_official_key_set():
@@ -254,12 +278,16 @@ def test_row_ends_go_unless_the_budget_exceeds_the_patches(layout):
 # ------------------------------------------------------------------ LLM
 
 
-def attention_of_text(positions: list[int], seed: int, heads: int = 3) -> tuple[Tensor, dict[int, list[float]]]:
+def attention_of_text(positions: list[int], seed: int, content: str, heads: int = 3) -> tuple[Tensor, dict[int, list[float]]]:
     """An eager causal attention map over 2 text tokens, the image and 4 text tokens behind it, averaged over heads.
 
     Returns the signal ``(1, text, N)``, and what each visual token receives from each text token behind it.
     """
     generator = torch.Generator().manual_seed(seed)
+    if content != "random":
+        signal = inside.CONTENTS[content][0](generator, 1, 6, len(positions))
+        signal[:, :2] = 0
+        return signal, {p: signal[0, 2:, i].double().tolist() for i, p in enumerate(positions)}
     length = 2 + len(positions) + 4
     query, key = torch.randn(2, heads, length, 4, generator=generator) * 1.3
     logits = query @ key.transpose(-1, -2) / 2
@@ -287,28 +315,28 @@ def before_layer(image: ImageTokens, positions: list[int], layer: int, count: in
     )
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("content", "seed"), [*(("random", seed) for seed in range(4)), *((c, 0) for c in ADVERSARIAL)])
 @pytest.mark.parametrize("mode", ["thresholds", "budget"])
 @LAYOUT_CASES
-def test_the_llm_loses_what_the_definition_says(layout, mode, seed):
+def test_the_llm_loses_what_the_definition_says(layout, mode, content, seed):
     """From the first of the layers to the caches."""
     options = THRESHOLDS if mode == "thresholds" else {"budget": 0.25, "merge_share": 0.0}
     method = MustDrop(**options)
     plan = method.plan(layout, SHAPE)
-    image = after_encoder(layout, seed, share=1.0)
+    image = after_encoder(layout, seed, share=1.0, content=content)
     method.select(image)
     key = set(image.notes["key_set"].nonzero()[:, 0].tolist())
     there = image.alive.tolist()
     seen = {}
     for layer in range(SHAPE.text_layers):
         if layer in plan.prefill:
-            signal, received = attention_of_text(there, seed + layer)
+            signal, received = attention_of_text(there, seed + layer, content)
             tokens = before_layer(image, there, layer, plan.prefill[layer], signal)
             sums = {p: sum(rows) for p, rows in received.items()}
             if mode == "thresholds":
                 weak = {p for p in there if sums[p] < 0.02 * sum(sums.values()) and max(received[p]) < 0.03}
                 expected = [p for p in there if p in key or p not in weak]
-                assert len(expected) < len(there) or layer > min(plan.prefill)
+                assert len(expected) < len(there) or layer > min(plan.prefill) or content != "random"
             else:
                 others = {p: total for p, total in sums.items() if p not in key}
                 expected = sorted([*(p for p in there if p in key), *best(others, plan.prefill[layer] - len(key))])
@@ -457,7 +485,7 @@ def test_wrong_options_are_refused(options, message):
 
 
 def test_layers_that_the_model_does_not_have_are_refused():
-    with pytest.raises(OptionError, match="this LLM has 8 layers, so allowed are 0 to 6"):
+    with pytest.raises(OptionError, match="this model's LLM has layers 0 to 7, and allowed are 0 to 6"):
         MustDrop(layers=(2, 7)).plan(single(9), SHAPE)
 
 

@@ -38,6 +38,11 @@ def tokens(budget: Budget, total: int) -> int:
     return max(1, math.floor(round(budget * total, 6)))
 
 
+def rounded_up(share: float, total: int) -> int:
+    """The part ``share`` of ``total`` tokens, rounded up but for rounding errors of the product."""
+    return math.ceil(round(share * total, 6))
+
+
 def apportion(count: int, weights: Sequence[float], capacities: Sequence[int]) -> list[int]:
     """Splits ``count`` in proportion to ``weights``, exactly, no part above its capacity (largest remainders first).
 
@@ -76,6 +81,11 @@ def room(budget: Budget, total: int, layers: int) -> int:
 def largest(cost: Callable[[int], int], room: int, high: int) -> int:
     """The largest n in 1..``high`` with ``cost(n) <= room``, 0 if there is none. ``cost`` must never fall."""
     return bisect_right(range(1, high + 1), room, key=cost)
+
+
+def stepped(first: int, after: int, start: int, layers: int) -> int:
+    """What ``first`` tokens cost that are ``after`` from layer ``start`` on."""
+    return first * start + after * (layers - start)
 
 
 def lengths(starts: Sequence[int], layers: int) -> list[int]:

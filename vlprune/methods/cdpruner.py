@@ -14,6 +14,7 @@ from vlprune.kernels import dpp_map
 from vlprune.method import Method, Plan, Selection, register
 from vlprune.methods.grids import with_separators
 from vlprune.methods.salience import tiles_alike
+from vlprune.methods.staged import staged_plan
 
 ROUNDING = 1e-6
 """Residuals up to this are rounding errors of kernels whose entries are at most 1."""
@@ -47,8 +48,7 @@ class CDPruner(Method):
     negated: bool = False
 
     def plan(self, layout: ImageLayout, shape: ModelShape) -> Plan:
-        count = self.count(layout.total)
-        return Plan(layout.total, {0: count} if count < layout.total else {})
+        return staged_plan(layout.total, {0: self.count(layout.total)})
 
     def prefill(self, tokens: LayerTokens) -> Selection:
         unit = normalize(tokens.hidden[tokens.visual].float(), dim=-1).nan_to_num()

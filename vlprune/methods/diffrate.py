@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vlprune import options
 from vlprune.blocks import BlockMethod, BlockTokens
 from vlprune.errors import OptionError
 from vlprune.image import top
@@ -46,8 +47,7 @@ class DiffRate(BlockMethod):
         super().__post_init__()
         if not 0 <= self.pruned <= 1:
             raise OptionError(f"pruned={self.pruned!r}: allowed is a number from 0 to 1")
-        if (self.kept is None) != (self.merged is None):
-            raise OptionError("kept and merged belong together: allowed are both or none")
+        options.both_or_neither(self, "kept", "merged", otherwise="the budget decides")
         for name in ("kept", "merged"):
             counts = getattr(self, name)
             if counts is not None and any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in counts):

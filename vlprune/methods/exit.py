@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vlprune import budget as budgets
+from vlprune import options
 from vlprune.errors import OptionError
 from vlprune.image import ImageLayout, LayerTokens, ModelShape
 from vlprune.method import Method, Plan, Selection, register
@@ -31,8 +32,8 @@ class VisualExit(Method):
 
     def plan(self, layout: ImageLayout, shape: ModelShape) -> Plan:
         total, depth = layout.total, shape.text_layers
-        if self.layer is not None and self.layer >= depth:
-            raise OptionError(f"layer={self.layer}: this model's LLM has layers 0 to {depth - 1}")
+        if self.layer is not None:
+            options.in_model("layer", self.layer, depth)
         layer = budgets.room(self.budget, total, depth) // max(total, 1) if self.layer is None else self.layer
         if layer < 1:
             raise budgets.unreachable(self.name, self.budget, total, total / depth)

@@ -8,13 +8,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from vlprune import budget as budgets
+from vlprune import options
 from vlprune.errors import OptionError
 from vlprune.image import ImageLayout, LayerTokens, ModelShape, top
 from vlprune.knobs import Draw
 from vlprune.method import Method, Plan, Selection, register
-from vlprune.signals import QueryAttention
-
-LAST = QueryAttention(queries="last", mean_heads=True)
+from vlprune.methods.staged import LAST, staged_plan
 
 
 @register("fastv")
@@ -58,18 +57,17 @@ class FastV(Method):
 
     def plan(self, layout: ImageLayout, shape: ModelShape) -> Plan:
         total = layout.total
-        if self.layer >= shape.text_layers:
-            raise OptionError(f"layer={self.layer}: this model's LLM has layers 0 to {shape.text_layers - 1}")
+        options.in_model("layer", self.layer, shape.text_layers)
         kept = None if self.keep is None else budgets.tokens(self.keep, total)
         after = self._after(total, shape.text_layers) if kept is None else kept
-        return Plan(total, {self.layer: after} if after < total else {})
+        return staged_plan(total, {self.layer: after})
 
     def _after(self, total: int, layers: int) -> int:
         """Tokens from ``layer`` on, so that the mean over all layers is the budget."""
         room = budgets.room(self.budget, total, layers)
         after = (room - self.layer * total) // (layers - self.layer)
         if after < 1:
-            raise budgets.unreachable(self.name, self.budget, total, (self.layer * total + layers - self.layer) / layers)
+            raise budgets.unreachable(self.name, self.budget, total, budgets.stepped(total, 1, self.layer, layers) / layers)
         return min(after, total)
 
     def starts(self, depth: int) -> list[int]:

@@ -12,6 +12,7 @@ from vlprune.errors import OptionError
 from vlprune.image import ImageLayout, LayerTokens, ModelShape, remembered, top
 from vlprune.knobs import Draw
 from vlprune.method import Selection, register
+from vlprune.methods.salience import normalised
 from vlprune.methods.staged import StagedMethod, best
 from vlprune.signals import QueryAttention
 
@@ -52,8 +53,7 @@ class FEATHER(StagedMethod):
         return super().knobs(draw, shape) | {"stride": draw.whole("stride", 1, 5)}
 
     def prefill(self, tokens: LayerTokens) -> Selection:
-        weights = tokens[LAST][:, 0]  # (heads, N)
-        scores = (weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)).mean(0)
+        scores = normalised(tokens[LAST][:, 0]).mean(0)  # over heads
         if tokens.layer > self.starts(tokens.shape.text_layers)[0]:
             return best(tokens, scores)
         order = top(scores, scores.shape[0])

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from vlprune import budget as budgets
-from vlprune.errors import BudgetError, OptionError
+from vlprune import options
+from vlprune.errors import BudgetError
 from vlprune.image import ImageLayout, ImageTokens, LayerTokens, ModelShape, VisionTokens, top
 from vlprune.method import Method, Plan, Selection, register
 from vlprune.methods.grids import left_by_encoder, with_separators
+from vlprune.methods.salience import normalised, value_affinity
+from vlprune.methods.staged import best, staged_plan
 from vlprune.signals import ClsAttention, ClsValues, MeanAttention, QueryAttention, Signal, Values
 
 CLS, CLS_VALUE, MEAN, PATCH_VALUES = ClsAttention(), ClsValues(), MeanAttention(), Values()
@@ -59,8 +62,7 @@ class FlowCut(Method):
         super().__post_init__()
         if self.target is not None and (type(self.target) is not int or self.target < 1):
             raise BudgetError(f"target={self.target!r}: allowed is an int >= 1 (visual tokens of an image) or None")
-        if self.schedule not in ("entropy", "even"):
-            raise OptionError(f"schedule={self.schedule!r}: allowed are 'entropy' and 'even'")
+        options.one_of("schedule", self.schedule, ("entropy", "even"))
 
     def wants(self, shape: ModelShape) -> tuple[Signal, ...]:
         early = (CLS, CLS_VALUE) if shape.has_cls else (MEAN,)
@@ -90,7 +92,7 @@ class FlowCut(Method):
             return sum(_plan(_entering(layout, shape, target), target, layers).at_layers(layers))
 
         if cost(1) > count * layers:
-            raise budgets.unreachable("flowcut", self.budget, total, cost(1) / layers)
+            raise budgets.unreachable(self.name, self.budget, total, cost(1) / layers)
         return budgets.largest(cost, count * layers, total)
 
     def encode_layers(self, layout: ImageLayout, shape: ModelShape) -> Sequence[int]:
@@ -100,22 +102,19 @@ class FlowCut(Method):
 
     def encode(self, tokens: VisionTokens) -> Selection | None:
         inflow, score = _flow(tokens)
-        if "score" in tokens.carry:
-            score = 0.5 * tokens.carry["score"] + 0.5 * score
-        tokens.carry["score"] = score
-        blocks_left = tokens.shape.feature_layer - 1 - tokens.layer
-        present = score.shape[1]
-        target = _in_tile(tokens.layout, tokens.shape, self._target(tokens.layout, tokens.shape))
-        if blocks_left % 2 or present <= target:
-            return None
-        count = max(target, present - self._leaving(inflow, present - target, blocks_left))
-        if count == present:
+        score = tokens.carry["score"] = 0.5 * tokens.carry.get("score", score) + 0.5 * score
+        present, target = score.shape[1], self._target(tokens.layout, tokens.shape)
+        leaving = self._leaving(inflow, present - _in_tile(tokens.layout, tokens.shape, target), tokens)
+        if leaving == 0:
             return None
         places = tokens.layout.placeholder.to(score.device, non_blocking=True).gather(1, tokens.patches)
-        return Selection(top(score.masked_fill(places < 0, -torch.inf), count).sort().values)
+        return Selection(top(score.masked_fill(places < 0, -torch.inf), present - leaving).sort().values)
 
-    def _leaving(self, inflow: Tensor, spare: int, blocks_left: int) -> int:
+    def _leaving(self, inflow: Tensor, spare: int, tokens: VisionTokens) -> int:
         """How many of a tile's patches leave, of ``spare`` that have to in the end. ``inflow (tiles, n)`` adds up to 1."""
+        blocks_left = tokens.shape.feature_layer - 1 - tokens.layer
+        if spare == 0 or blocks_left % 2:
+            return 0
         if blocks_left == 0:
             return spare
         if self.schedule == "even":
@@ -128,13 +127,11 @@ class FlowCut(Method):
         return Selection(with_separators(left_by_encoder(image), image))
 
     def prefill(self, tokens: LayerTokens) -> Selection:
-        inflow = _normalised(_normalised(tokens[LAST][:, 0]).mean(0))
+        inflow = normalised(normalised(tokens[LAST][:, 0]).mean(0))
         values = tokens.rows(TEXT_VALUES)  # (kv_heads, rows, head_dim)
         visual = values[:, tokens.visual]
-        query = values[:, tokens.last] * values.shape[-1] ** -0.5
-        affinity = (visual @ query[..., None])[..., 0].softmax(-1).mean(0)
-        score = (inflow + _normalised(affinity)) * visual.mean(0).abs().sum(-1)
-        return Selection(top(score, tokens.count).sort().values)
+        affinity = value_affinity(visual, values[:, tokens.last] * values.shape[-1] ** -0.5).mean(0)
+        return best(tokens, (inflow + normalised(affinity)) * visual.mean(0).abs().sum(-1))
 
 
 def _flow(tokens: VisionTokens) -> tuple[Tensor, Tensor]:
@@ -142,19 +139,13 @@ def _flow(tokens: VisionTokens) -> tuple[Tensor, Tensor]:
     values = tokens[PATCH_VALUES]
     density = values.mean(1).abs().sum(-1)
     if not tokens.shape.has_cls:
-        inflow = _normalised(tokens[MEAN].mean(1))
+        inflow = normalised(tokens[MEAN].mean(1))
         return inflow, inflow * density
-    inflow = _normalised(tokens[CLS].mean(1))
+    inflow = normalised(tokens[CLS].mean(1))
     # Unscaled, as in the official code. The weight of [CLS] itself differs from head to head, so it matters to their mean.
-    own = tokens[CLS_VALUE][:, :, None]
-    products = torch.cat([own, values], 2) @ own.transpose(-1, -2)
-    affinity = products[..., 0].softmax(-1)[..., 1:].mean(1)
-    return inflow, (inflow + _normalised(affinity)) * density
-
-
-def _normalised(weights: Tensor) -> Tensor:
-    """``weights`` that add up to 1 along the last dimension."""
-    return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+    own = tokens[CLS_VALUE]
+    affinity = value_affinity(torch.cat([own[:, :, None], values], 2), own)[..., 1:].mean(1)
+    return inflow, (inflow + normalised(affinity)) * density
 
 
 def _in_tile(layout: ImageLayout, shape: ModelShape, target: int) -> int:
@@ -172,4 +163,4 @@ def _entering(layout: ImageLayout, shape: ModelShape, target: int) -> int:
 
 
 def _plan(entering: int, target: int, layers: int) -> Plan:
-    return Plan(entering, {LLM_LAYER: target} if target < entering and layers > LLM_LAYER else {})
+    return staged_plan(entering, {LLM_LAYER: target} if layers > LLM_LAYER else {})

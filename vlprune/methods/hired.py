@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vlprune.errors import OptionError
+from vlprune import options
 from vlprune.image import ImageLayout, ImageTokens, ModelShape, top
 from vlprune.knobs import Draw
 from vlprune.method import Method, Selection, register
@@ -49,10 +49,8 @@ class HiRED(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 <= self.alpha <= 1.0:
-            raise OptionError(f"alpha={self.alpha!r}: allowed is a share of the budget from 0 to 1")
-        if self.allocation not in ("counts", "sums"):
-            raise OptionError(f"allocation={self.allocation!r}: allowed are 'counts' and 'sums'")
+        options.share("alpha", self.alpha, of="the budget")
+        options.one_of("allocation", self.allocation, ("counts", "sums"))
 
     @classmethod
     def knobs(cls, draw: Draw, shape: ModelShape) -> dict[str, Any]:

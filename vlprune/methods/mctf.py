@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vlprune import options
 from vlprune.blocks import BlockMethod, BlockTokens
 from vlprune.errors import OptionError
 from vlprune.image import top
@@ -49,8 +50,7 @@ class MCTF(BlockMethod):
             raise OptionError(f"temperatures={self.temperatures!r}: allowed are three numbers above 0")
         if self.r is not None and (isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 0):
             raise OptionError(f"r={self.r!r}: allowed are an int >= 0, and None")
-        if self.pooling not in ("size", "attention"):
-            raise OptionError(f"pooling={self.pooling!r}: allowed are 'size' and 'attention'")
+        options.one_of("pooling", self.pooling, ("size", "attention"))
 
     def counts(self, tokens: int, blocks: int) -> list[int]:
         if self.r is None:

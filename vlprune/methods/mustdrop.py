@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from vlprune import budget as budgets
+from vlprune import options
 from vlprune.errors import OptionError
 from vlprune.image import CacheTokens, ImageLayout, ImageTokens, LayerTokens, ModelShape, VisionTokens, top
 from vlprune.knobs import Draw, ascending
 from vlprune.method import Method, Plan, Selection, register
 from vlprune.methods.grids import left_by_encoder, with_separators
-from vlprune.methods.windows import likeness, merge, windows_of
-from vlprune.signals import ClsAttention, MeanAttention, QueryAttention, Signal
+from vlprune.methods.salience import attention_of, best_share_of_tiles
+from vlprune.methods.staged import TEXT, best, staged_plan
+from vlprune.methods.windows import left_by_merging, merge_alike, mergeable, merges_within
+from vlprune.signals import ClsAttention, MeanAttention, Signal
 
-CLS, MEAN, TEXT = ClsAttention(layer=-1), MeanAttention(layer=-1), QueryAttention(queries="text", mean_heads=True)
+CLS, MEAN = ClsAttention(layer=-1), MeanAttention(layer=-1)
 OFFICIAL_LAYERS, OFFICIAL_DEPTH = (2, 6, 10, 14), 32
 
 
@@ -64,20 +65,13 @@ class MustDrop(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option in ("merge_share", "keep_rate"):
-            if not 0.0 <= getattr(self, option) <= 1.0:
-                raise OptionError(f"{option}={getattr(self, option)!r}: allowed is a share from 0 to 1")
+        options.share("merge_share", self.merge_share)
+        options.share("keep_rate", self.keep_rate)
         if self.window < 2:
             raise OptionError(f"window={self.window!r}: allowed is an int >= 2 (patches a side)")
-        if (self.global_threshold is None) != (self.individual_threshold is None):
-            raise OptionError(
-                f"global_threshold={self.global_threshold!r}, individual_threshold={self.individual_threshold!r}: "
-                "give both to have thresholds decide, or neither to have the budget decide"
-            )
+        options.both_or_neither(self, "global_threshold", "individual_threshold", otherwise="the budget decides")
         if self.layers is not None:
-            self.layers = tuple(self.layers)
-            if not self.layers or list(self.layers) != sorted({layer for layer in self.layers if layer >= 0}):
-                raise OptionError(f"layers={self.layers!r}: allowed are layers of the LLM from 0 on, in ascending order")
+            self.layers = options.ascending_layers("layers", self.layers, first=0)
 
     @classmethod
     def knobs(cls, draw: Draw, shape: ModelShape) -> dict[str, Any]:
@@ -108,18 +102,15 @@ class MustDrop(Method):
             return Plan(total)
         first, lowest = self._ends(layout, self._merges(layout, shape))
         counts = budgets.geometric(first, lowest, budgets.lengths(starts, depth), count * depth)
-        prefill = {start: now for start, before, now in zip(starts, counts, counts[1:], strict=False) if now < before}
-        there = Plan(first, prefill).at_layers(depth)
-        cached = {i: counts[-1] for i in range(layers[0], starts[-1]) if counts[-1] < there[i]}
-        return Plan(first, prefill, cached)
+        plan = staged_plan(first, dict(zip(starts, counts[1:], strict=True)))
+        there = plan.at_layers(depth)
+        return replace(plan, cached={i: counts[-1] for i in range(layers[0], starts[-1]) if counts[-1] < there[i]})
 
     def _layers(self, depth: int) -> Sequence[int]:
         """``layers`` of an LLM of ``depth`` layers."""
         if self.layers is None:
             return sorted({min(round(layer * depth / OFFICIAL_DEPTH), depth - 2) for layer in OFFICIAL_LAYERS})
-        if self.layers[-1] > depth - 2:
-            raise OptionError(f"layers={self.layers!r}: this LLM has {depth} layers, so allowed are 0 to {depth - 2}")
-        return self.layers
+        return options.in_model("layers", self.layers, depth, last=depth - 2)
 
     def _merges(self, layout: ImageLayout, shape: ModelShape) -> int:
         """Windows that are merged in each tile where the budget decides."""
@@ -127,60 +118,33 @@ class MustDrop(Method):
         if count == layout.total:
             return 0
         before = self._layers(depth)[0] + 1
-        windows, inside, outside = windows_of(layout, self.window)
-        most = int((inside | outside).sum(1).min())
 
         def cost(merges: int) -> int:
-            first, lowest = self._ends(layout, merges)
-            return first * before + lowest * (depth - before)
+            return budgets.stepped(*self._ends(layout, merges), before, depth)
 
-        wished = min(int(self.merge_share * windows.shape[0]), most)
-        start = max((n for n in range(wished + 1) if self._ends(layout, n)[0] >= count), default=0)
-        enough = next((n for n in range(start, most + 1) if cost(n) <= count * depth), None)
-        if enough is None:
-            raise budgets.unreachable("mustdrop", self.budget, layout.total, cost(most) / depth)
-        return enough
+        merges = merges_within(layout, self.window, self.merge_share, count, lambda n: cost(n) <= count * depth)
+        if merges is None:
+            lowest = cost(mergeable(layout, self.window)) / depth
+            raise budgets.unreachable(self.name, self.budget, layout.total, lowest)
+        return merges
 
     def _ends(self, layout: ImageLayout, merges: int) -> tuple[int, int]:
         """Tokens that enter the LLM, and those that are never dropped, with so many windows merged in each tile."""
-        _, _, outside = windows_of(layout, self.window)
-        lost = self.window**2 - 1
-        tiles = [n - lost * max(0, merges - free) for n, free in zip(layout.available, outside.sum(1).tolist(), strict=True)]
+        tiles = left_by_merging(layout, self.window, merges)
         first = sum(tiles) if merges else max(sum(tiles), self.count(layout.total))
-        return first, sum(self._key_tokens(n) for n in tiles)
-
-    def _key_tokens(self, tokens: int) -> int:
-        return math.ceil(round(self.keep_rate * tokens, 6))
+        return first, sum(budgets.rounded_up(self.keep_rate, tokens) for tokens in tiles)
 
     def encode_layers(self, layout: ImageLayout, shape: ModelShape) -> Sequence[int]:
         return (0,) if self.adaptive or self._merges(layout, shape) else ()
 
     def encode(self, tokens: VisionTokens) -> Selection | None:
-        device = tokens.hidden.device
-        windows, inside, outside = (t.to(device, non_blocking=True) for t in windows_of(tokens.layout, self.window))
-        alike = likeness(tokens.hidden.float(), windows)
-        alike = alike.masked_fill(~inside, -torch.inf).masked_fill(outside, torch.inf)
-        if self.adaptive:
-            merges = int((alike >= self.merge_threshold).sum(1).min())
-        else:
-            merges = self._merges(tokens.layout, tokens.shape)
-        return merge(windows[top(alike, merges)], tokens.hidden.shape[1]) if merges else None
+        merges = None if self.adaptive else self._merges(tokens.layout, tokens.shape)
+        return merge_alike(tokens, self.window, merges, self.merge_threshold)
 
     def select(self, image: ImageTokens) -> Selection:
         keep = left_by_encoder(image)
-        image.notes["key_set"] = self._key_set(image, keep)
+        image.notes["key_set"] = best_share_of_tiles(attention_of(image), self.keep_rate, keep, image)
         return Selection(keep if self.adaptive else with_separators(keep, image))
-
-    def _key_set(self, image: ImageTokens, alive: Tensor) -> Tensor:
-        """Which of the image's placeholders are never dropped: ``(total,)``."""
-        attention = image[CLS if CLS in image.signals else MEAN].mean(1)  # (tiles, patches)
-        places, patches, total = image.host(image.layout.placeholder), attention.shape[1], image.layout.total
-        flags = torch.zeros(total + 1, dtype=torch.bool, device=image.device)  # one more place takes the padding
-        there = flags.index_fill(0, alive, True)[places]
-        quotas = image.host(torch.tensor([self._key_tokens(tokens) for tokens in range(patches + 1)]))
-        best = torch.arange(patches, device=image.device) < quotas[there.sum(1)][:, None]
-        key = torch.zeros_like(there).scatter(1, top(attention.masked_fill(~there, -torch.inf), patches), best)
-        return flags.scatter(0, torch.where(key, places, total).flatten(), True)[:total]
 
     def prefill(self, tokens: LayerTokens) -> Selection:
         attention = tokens[TEXT][0]  # (text tokens, N)
@@ -188,12 +152,12 @@ class MustDrop(Method):
         key = tokens.notes["key_set"][tokens.positions]
         if self.global_threshold is not None and self.individual_threshold is not None:
             weak = (wanted < self.global_threshold * wanted.sum()) & (attention.amax(0) < self.individual_threshold)
-            keep = (~weak | key).nonzero()[:, 0]
+            chosen = Selection((~weak | key).nonzero()[:, 0])
         else:
-            keep = top(wanted.masked_fill(key, torch.inf), tokens.count).sort().values
-        alive = torch.zeros_like(tokens.notes["key_set"])
-        tokens.notes["survivors"] = alive.index_fill(0, tokens.positions[keep], True)
-        return Selection(keep)
+            chosen = best(tokens, wanted.masked_fill(key, torch.inf))
+        nobody = torch.zeros_like(tokens.notes["key_set"])
+        tokens.notes["survivors"] = nobody.index_fill(0, tokens.positions[chosen.keep], True)
+        return chosen
 
     def evict(self, tokens: CacheTokens) -> Selection:
         alive = tokens.notes["survivors"][tokens.positions]

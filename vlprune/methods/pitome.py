@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vlprune import options
 from vlprune.blocks import BlockMethod, BlockTokens
 from vlprune.errors import OptionError
 from vlprune.image import top
@@ -51,8 +52,7 @@ class PiToMe(BlockMethod):
         super().__post_init__()
         if self.ratio is not None and not 0.5 <= self.ratio <= 1:
             raise OptionError(f"ratio={self.ratio!r}: allowed is a number from 0.5 to 1, for a block pairs its rows, and None")
-        if self.protect not in ("late", "early", "always", "never"):
-            raise OptionError(f"protect={self.protect!r}: allowed are 'late', 'early', 'always' and 'never'")
+        options.one_of("protect", self.protect, ("late", "early", "always", "never"))
         if not (math.isfinite(self.margin) and math.isfinite(self.alpha)):
             raise OptionError(f"margin={self.margin!r}, alpha={self.alpha!r}: allowed are finite numbers")
 

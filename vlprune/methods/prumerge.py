@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vlprune import options
 from vlprune.errors import OptionError
 from vlprune.image import ImageTokens, ModelShape, remembered, top
 from vlprune.knobs import Draw
@@ -49,8 +50,7 @@ class PruMerge(Method):
         super().__post_init__()
         if type(self.neighbours) is not int or self.neighbours < 0:
             raise OptionError(f"neighbours={self.neighbours!r}: allowed is an int >= 0")
-        if not 0.0 <= self.spatial <= 1.0:
-            raise OptionError(f"spatial={self.spatial!r}: allowed is a share of the kept patches from 0 to 1")
+        options.share("spatial", self.spatial, of="the kept patches")
 
     @property
     def adaptive(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -9,10 +9,7 @@ from torch import Tensor
 
 from vlprune.image import LayerTokens
 from vlprune.method import Selection, register
-from vlprune.methods.staged import StagedMethod, best
-from vlprune.signals import QueryAttention
-
-LAST = QueryAttention(queries="last", mean_heads=True)
+from vlprune.methods.staged import LAST, StagedMethod, best
 
 
 @register("pyramiddrop")

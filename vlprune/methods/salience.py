@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlprune.budget import apportion
+from vlprune.budget import apportion, rounded_up
 from vlprune.image import ImageLayout, ImageTokens, ModelShape, remembered, top
 from vlprune.signals import ClsAttention, GlobalAttention, MeanAttention, ReceivedAttention, Signal
 
@@ -55,6 +55,16 @@ def as_one_head(image: ImageTokens) -> tuple[Tensor, Tensor]:
     return logits, torch.cat([own, logits], 1).softmax(1)[:, 1:]
 
 
+def normalised(weights: Tensor) -> Tensor:
+    """``weights`` that add up to 1 along the last dimension; zeros stay zeros."""
+    return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+
+
+def value_affinity(values: Tensor, value: Tensor) -> Tensor:
+    """Softmax over rows ``(..., heads, n)`` of their ``values (..., heads, n, head_dim)`` times one ``value``."""
+    return (values @ value[..., None])[..., 0].softmax(-1)
+
+
 def ranks(scores: Tensor) -> Tensor:
     """Place of every one in its row's order, best first: ``(rows, n)``."""
     order = top(scores, scores.shape[1])
@@ -92,6 +102,18 @@ def best_of_tiles(scores: Tensor, image: ImageTokens) -> Tensor:
     order = top(in_picture(scores, image), scores.shape[1])
     places = image.host(image.layout.placeholder).gather(1, order)
     return places.flatten()[image.host(_seats(image.layout, image.count))]
+
+
+def best_share_of_tiles(attention: Tensor, share: float, alive: Tensor, image: ImageTokens) -> Tensor:
+    """Which of the image's placeholders ``(total,)`` bool are the part ``share``, rounded up, of their tile's patches that
+    ``attention (tiles, patches)`` is highest for. Only ``alive``, indices of placeholders, count."""
+    places, patches, total = image.host(image.layout.placeholder), attention.shape[1], image.layout.total
+    flags = torch.zeros(total + 1, dtype=torch.bool, device=image.device)  # one more place takes the padding
+    there = flags.index_fill(0, alive, True)[places]
+    quotas = image.host(torch.tensor([rounded_up(share, tokens) for tokens in range(patches + 1)]))
+    within = torch.arange(patches, device=image.device) < quotas[there.sum(1)][:, None]
+    chosen = torch.zeros_like(there).scatter(1, top(attention.masked_fill(~there, -torch.inf), patches), within)
+    return flags.scatter(0, torch.where(chosen, places, total).flatten(), True)[:total]
 
 
 @remembered

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vlprune.errors import OptionError
+from vlprune import options
 from vlprune.image import LayerTokens, ModelShape, top
 from vlprune.knobs import Draw
 from vlprune.method import Merge, Selection, register
@@ -46,8 +46,7 @@ class SparseVLM(StagedMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 <= self.recycle <= 1.0:
-            raise OptionError(f"recycle={self.recycle!r}: allowed is a share from 0 to 1")
+        options.share("recycle", self.recycle)
 
     @classmethod
     def knobs(cls, draw: Draw, shape: ModelShape) -> dict[str, Any]:

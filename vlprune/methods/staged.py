@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from vlprune import budget as budgets
+from vlprune import options
 from vlprune.errors import OptionError
 from vlprune.image import ImageLayout, LayerTokens, ModelShape, top
 from vlprune.knobs import Draw, ascending, falling
 from vlprune.method import Method, Plan, Selection
 from vlprune.signals import QueryAttention
 
-TEXT = QueryAttention(queries="text", mean_heads=True)
+LAST, TEXT = QueryAttention(queries="last", mean_heads=True), QueryAttention(queries="text", mean_heads=True)
 
 
 def scaled(layers: Sequence[int], of: int, depth: int) -> list[int]:
     """``layers`` of an LLM of ``of`` layers, for one of ``depth``: none before layer 1; several may become one."""
     return [min(max(1, round(layer * depth / of)), depth - 1) for layer in layers]
+
+
+def staged_plan(entering: int, counts: Mapping[int, int]) -> Plan:
+    """Of ``entering`` tokens so many from each LLM layer on, in the order of layers; where none leaves, nobody is asked."""
+    stages = zip(counts.items(), [entering, *counts.values()], strict=False)
+    return Plan(entering, {start: now for (start, now), before in stages if now < before})
 
 
 @dataclass(kw_only=True)
@@ -49,9 +56,7 @@ class StagedMethod(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layers is not None:
-            self.layers = tuple(self.layers)
-            if not self.layers or list(self.layers) != sorted({layer for layer in self.layers if layer >= 1}):
-                raise OptionError(f"layers={self.layers!r}: allowed are layers of the LLM from 1 on, in ascending order")
+            self.layers = options.ascending_layers("layers", self.layers, first=1)
         if self.keep is not None:
             self.keep = tuple(map(budgets.check, self.keep))
             stages = len(self.layers or self.published)
@@ -84,15 +89,12 @@ class StagedMethod(Method):
         """``layers`` of an LLM of ``depth`` layers."""
         if self.layers is None:
             return scaled(list(self.published), self.depth, depth)
-        if self.layers[-1] >= depth:
-            raise OptionError(f"layers={self.layers!r}: this model's LLM has layers 0 to {depth - 1}")
-        return list(self.layers)
+        return list(options.in_model("layers", self.layers, depth))
 
     def plan(self, layout: ImageLayout, shape: ModelShape) -> Plan:
         total = layout.total
         counts = self._given(total, shape) if self.keep is not None else self._solved(total, shape)
-        stages = zip(counts.items(), [total, *counts.values()], strict=False)
-        return Plan(total, {start: now for (start, now), before in stages if now < before})
+        return staged_plan(total, counts)
 
     def _given(self, total: int, shape: ModelShape) -> dict[int, int]:
         """``keep`` in tokens. Where layers become one, the last one counts."""
@@ -106,7 +108,7 @@ class StagedMethod(Method):
         depth = shape.text_layers
         exponents = dict(zip(self.starts(depth), self._exponents(), strict=True))
         lengths = budgets.lengths(list(exponents), depth)
-        room, least = budgets.room(self.budget, total, depth), total * lengths[0] + depth - lengths[0]
+        room, least = budgets.room(self.budget, total, depth), budgets.stepped(total, 1, lengths[0], depth)
         if room < least:
             raise budgets.unreachable(self.name, self.budget, total, least / depth)
         counts = budgets.shaped(total, 1, list(exponents.values()), lengths, room)

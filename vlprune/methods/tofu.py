@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from vlprune import options
 from vlprune.blocks import BlockMethod, BlockTokens
 from vlprune.errors import OptionError
 from vlprune.kernels import merge_rows
@@ -44,8 +45,8 @@ class ToFu(BlockMethod):
         super().__post_init__()
         if self.ratio is not None and not 0.5 <= self.ratio <= 1:
             raise OptionError(f"ratio={self.ratio!r}: allowed is a number from 0.5 to 1, for a block pairs its rows, and None")
-        if self.early not in HOW or self.late not in HOW:
-            raise OptionError(f"early={self.early!r}, late={self.late!r}: allowed are {', '.join(map(repr, HOW))}")
+        options.one_of("early", self.early, HOW)
+        options.one_of("late", self.late, HOW)
 
     def counts(self, tokens: int, blocks: int) -> list[int]:
         return super().counts(tokens, blocks) if self.ratio is None else by_ratio(self.ratio, tokens, blocks)

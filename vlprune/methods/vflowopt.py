@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +14,7 @@ from vlprune.knobs import Draw
 from vlprune.method import Merge, Method, Plan, Selection, register
 from vlprune.methods.grids import divided
 from vlprune.methods.salience import attention_by_place, number_or_lowest
-from vlprune.methods.staged import best, scaled
+from vlprune.methods.staged import best, scaled, staged_plan
 from vlprune.signals import GlobalAttention, Signal
 
 
@@ -76,17 +75,12 @@ class VFlowOpt(Method):
             return super().plan(layout, shape)
         depth, total = shape.text_layers, layout.total
         shares = dict(zip(scaled((9, 18), 28, depth), (self.keep[0], self.keep[0] * self.keep[1]), strict=True))
-        lengths = budgets.lengths(list(shares), depth)
 
-        def counts(entering: int) -> list[int]:
-            return [entering, *(max(1, math.floor(round(entering * share, 6))) for share in shares.values())]
+        def plan(entering: int) -> Plan:
+            return staged_plan(entering, {layer: budgets.tokens(float(share), entering) for layer, share in shares.items()})
 
-        def cost(entering: int) -> int:
-            return sum(count * length for count, length in zip(counts(entering), lengths, strict=True))
-
-        entering = budgets.largest(cost, max(budgets.room(self.budget, total, depth), depth), total)
-        stages = zip(shares, counts(entering), counts(entering)[1:], strict=False)
-        return Plan(entering, {layer: now for layer, before, now in stages if now < before})
+        room = max(budgets.room(self.budget, total, depth), depth)
+        return plan(budgets.largest(lambda entering: sum(plan(entering).at_layers(depth)), room, total))
 
     def prefill(self, tokens: LayerTokens) -> Selection:
         return best(tokens, tokens.notes["vflowopt_importance"][tokens.positions])

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vlprune.errors import OptionError
+from vlprune import options
 from vlprune.image import ImageTokens, ModelShape, top
 from vlprune.kernels import bipartite_match
 from vlprune.knobs import Draw
@@ -46,8 +46,7 @@ class VisPruner(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 <= self.important <= 1.0:
-            raise OptionError(f"important={self.important!r}: allowed is a share of the budget from 0 to 1")
+        options.share("important", self.important, of="the budget")
 
     def wants(self, shape: ModelShape) -> tuple[Signal, ...]:
         last = shape.feature_layer

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlprune import budget as budgets
+from vlprune import options
 from vlprune.budget import apportion
 from vlprune.errors import OptionError
 from vlprune.image import ImageLayout, ImageTokens, LayerTokens, ModelShape, remembered, top
@@ -17,9 +18,8 @@ from vlprune.knobs import Draw
 from vlprune.method import Merge, Method, Plan, Selection, register
 from vlprune.methods.grids import with_separators
 from vlprune.methods.salience import attention_signal, equal_shares, in_picture
-from vlprune.signals import QueryAttention, ReceivedAttention, Signal
-
-LAST = QueryAttention(queries="last", mean_heads=True)
+from vlprune.methods.staged import LAST, staged_plan
+from vlprune.signals import ReceivedAttention, Signal
 
 
 @register("vscan")
@@ -75,14 +75,12 @@ class VScan(Method):
 
     def plan(self, layout: ImageLayout, shape: ModelShape) -> Plan:
         layers, total = shape.text_layers, layout.total
-        layer = layers // 2 if self.layer is None else self.layer
-        if layer >= layers:
-            raise OptionError(f"layer={layer}: this model's LLM has layers 0 to {layers - 1}")
+        layer = layers // 2 if self.layer is None else options.in_model("layer", self.layer, layers)
         room = budgets.room(self.budget, total, layers)
-        entering = budgets.largest(lambda n: n * layer + max(1, int(n * self.keep)) * (layers - layer), room, total)
+        entering = budgets.largest(lambda n: budgets.stepped(n, max(1, int(n * self.keep)), layer, layers), room, total)
         entering = max(entering, 1)  # no image loses all of its tokens
         left = max(min((room - entering * layer) // (layers - layer), entering), 1)
-        return Plan(entering, {layer: left} if left < entering else {})
+        return staged_plan(entering, {layer: left})
 
     def select(self, image: ImageTokens) -> Selection:
         blocks = sorted((signal.layer or 0, values.mean(1)) for signal, values in image.signals.items() if signal != LAST)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from vlprune import options
 from vlprune.method import register
-from vlprune.methods.kv.policy import CachePolicy, share
+from vlprune.methods.kv.policy import CachePolicy
 from vlprune.signals import AttentionColumns
 
 
@@ -28,7 +29,7 @@ class A2SF(CachePolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        share("forgetting", self.forgetting)
+        options.share("forgetting", self.forgetting)
 
     def votes(self, layer: int) -> AttentionColumns:
         return AttentionColumns(layer, decay=self.forgetting)

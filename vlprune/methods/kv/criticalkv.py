@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vlprune import options
 from vlprune.errors import UnsupportedMethodError
 from vlprune.image import CacheTokens
 from vlprune.method import register
-from vlprune.methods.kv.policy import by_head, share
+from vlprune.methods.kv.policy import by_head
 from vlprune.methods.kv.snapkv import SnapKV
 
 
@@ -36,7 +37,7 @@ class CriticalKV(SnapKV):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        share("safeguard", self.safeguard)
+        options.share("safeguard", self.safeguard)
 
     def score(self, tokens: CacheTokens) -> Tensor:
         return (super().score(tokens) + 1e-4) * by_head(projected_norms(tokens), tokens)

@@ -8,11 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vlprune import options
 from vlprune.errors import OptionError
 from vlprune.image import CacheTokens, ModelShape
 from vlprune.method import Merge, register
 from vlprune.methods.kv.merging import average, nearest
-from vlprune.methods.kv.policy import CachePolicy, positive
+from vlprune.methods.kv.policy import CachePolicy
 from vlprune.signals import AttentionColumns, Signal
 
 
@@ -39,7 +40,7 @@ class EMS(CachePolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("window", self.window, "number of text tokens")
+        options.positive("window", self.window, "number of text tokens")
         if self.likeness is not None and not -1.0 <= self.likeness <= 1.0:
             raise OptionError(f"likeness={self.likeness!r}: allowed is a cosine from -1 to 1, or None")
 

@@ -7,9 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from vlprune import options
 from vlprune.image import CacheTokens
 from vlprune.method import register
-from vlprune.methods.kv.policy import RunningPolicy, latest, share
+from vlprune.methods.kv.policy import RunningPolicy, latest
 
 
 @register("h2o")
@@ -32,7 +33,7 @@ class H2O(RunningPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        share("recent", self.recent)
+        options.share("recent", self.recent)
 
     def first(self, tokens: CacheTokens, scores: Tensor) -> Tensor | None:
         return latest(round(self.recent * tokens.count), tokens) if self.recent else None

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from vlprune.errors import OptionError
+from vlprune import options
 from vlprune.image import CacheTokens
 from vlprune.method import Merge, Mixture, register
 from vlprune.methods.kv.merging import average, nearest, pivot, weighted
@@ -39,8 +39,7 @@ class LookM(CachePolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.merging not in get_args(Merging):
-            raise OptionError(f"merging={self.merging!r}: allowed are {', '.join(get_args(Merging))}")
+        options.one_of("merging", self.merging, get_args(Merging))
 
     def merge(self, tokens: CacheTokens, scores: Tensor, keep: Tensor) -> Merge | Mixture | None:
         if self.merging == "none":

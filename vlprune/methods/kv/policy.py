@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlprune import options
 from vlprune.errors import OptionError
 from vlprune.image import CacheTokens, ImageLayout, ModelShape, top
 from vlprune.method import Merge, Method, Mixture, Plan, Selection
@@ -94,7 +95,7 @@ class RunningPolicy(CachePolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.again is not None:
-            positive("again", self.again, "number of new tokens")
+            options.positive("again", self.again, "number of new tokens")
 
     @property
     def every(self) -> int | None:
@@ -141,15 +142,3 @@ def latest(count: int, tokens: CacheTokens) -> Tensor:
     """The ``count`` last entries of the image: ``(1, N)`` bool."""
     entries = tokens.keys.shape[1]
     return (torch.arange(entries, device=tokens.keys.device) >= entries - count)[None]
-
-
-def positive(name: str, value: int, what: str) -> None:
-    """Raises :class:`OptionError` unless ``value`` is at least 1."""
-    if value < 1:
-        raise OptionError(f"{name}={value!r}: allowed is a {what} from 1 on")
-
-
-def share(name: str, value: float) -> None:
-    """Raises :class:`OptionError` unless ``value`` is a share."""
-    if not 0.0 <= value <= 1.0:
-        raise OptionError(f"{name}={value!r}: allowed is a share from 0 to 1")

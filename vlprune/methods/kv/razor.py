@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from vlprune import budget as budgets
-from vlprune.errors import OptionError
+from vlprune import options
 from vlprune.image import CacheTokens, ImageLayout, ModelShape
 from vlprune.method import Merge, Method, Plan, Selection, register
 
@@ -39,17 +39,15 @@ class RazorAttention(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.retrieval = tuple(self.retrieval)
-        if list(self.retrieval) != sorted({layer for layer in self.retrieval if layer >= 0}):
-            raise OptionError(f"retrieval={self.retrieval!r}: allowed are layers of the LLM from 0 on, in ascending order")
+        self.retrieval = options.ascending_layers("retrieval", self.retrieval, first=0) if self.retrieval else ()
 
     def plan(self, layout: ImageLayout, shape: ModelShape) -> Plan:
         counts = self._counts(layout.total, shape.text_layers)
         return Plan(layout.total, cached={layer: count for layer, count in enumerate(counts) if count < layout.total})
 
     def _counts(self, total: int, layers: int) -> Sequence[int]:
-        if self.retrieval and self.retrieval[-1] >= layers:
-            raise OptionError(f"retrieval={self.retrieval!r}: this model's LLM has layers 0 to {layers - 1}")
+        if self.retrieval:
+            options.in_model("retrieval", self.retrieval, layers)
         mean, whole = self.count(total), len(self.retrieval)
         rest, others = mean * layers - whole * total, layers - whole
         if mean < total and rest < others:

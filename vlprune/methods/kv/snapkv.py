@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from vlprune import options
 from vlprune.image import ModelShape
 from vlprune.knobs import Draw
 from vlprune.method import register
-from vlprune.methods.kv.policy import CachePolicy, positive
+from vlprune.methods.kv.policy import CachePolicy
 from vlprune.signals import AttentionColumns
 
 
@@ -36,7 +37,7 @@ class SnapKV(CachePolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("window", self.window, "number of text tokens")
+        options.positive("window", self.window, "number of text tokens")
 
     @classmethod
     def knobs(cls, draw: Draw, shape: ModelShape) -> dict[str, Any]:

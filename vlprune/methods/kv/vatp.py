@@ -7,9 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from vlprune import options
 from vlprune.image import CacheTokens
 from vlprune.method import register
-from vlprune.methods.kv.policy import CachePolicy, positive
+from vlprune.methods.kv.policy import CachePolicy
 from vlprune.signals import AttentionColumns
 
 
@@ -32,7 +33,7 @@ class VATP(CachePolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.window is not None:
-            positive("window", self.window, "number of text tokens")
+            options.positive("window", self.window, "number of text tokens")
 
     def votes(self, layer: int) -> AttentionColumns:
         return AttentionColumns(layer, queries=self.window or "all")

@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 
 from vlprune import budget as budgets
+from vlprune import options
 from vlprune.image import CacheTokens, ImageLayout, ModelShape
 from vlprune.method import Plan, Selection, register
-from vlprune.methods.kv.policy import CachePolicy, best, share
+from vlprune.methods.kv.policy import CachePolicy, best
 from vlprune.signals import AttentionColumns, AttentionSupport, Signal
 
 
@@ -41,7 +42,7 @@ class VLCache(CachePolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        share("threshold", self.threshold)
+        options.share("threshold", self.threshold)
 
     @property
     def waits(self) -> bool:
