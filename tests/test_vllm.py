@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoConfig
 
 import vlprune
 from vlprune.evals import tinyvlm
-from vlprune.integrations.vllm import positions, settings
+from vlprune.integrations.vllm import configure, positions, settings
 from vlprune.integrations.vllm.tower import Tower
 
 
@@ -72,6 +73,41 @@ def test_what_cannot_be_served_is_refused_with_the_reason(model):
     assert not {"fastv", "snapkv", "resize", "mustdrop", "flowcut", "cdpruner"} & set(served)
     # LLaVA's projector takes an earlier block's output, and vLLM builds no later one.
     assert ("prumerge" in served) == (model == "tinyvlm-qwen")
+
+
+def server_with(**given: Any) -> Any:
+    """The part of vLLM's configuration that is looked at, as it is by default, and with what is ``given``."""
+    images = {"mm_encoder_tp_mode": "weights", "enable_mm_embeds": False, "video_pruning_rate": None}
+    compilation = {"compile_mm_encoder": False, "cudagraph_mm_encoder": False}
+    known: dict[str, Any] = {**images, **compilation, "tensor_parallel_size": 1, "speculative_config": None, **given}
+    part = SimpleNamespace(**known)
+    return SimpleNamespace(
+        model_config=SimpleNamespace(multimodal_config=part),
+        parallel_config=part,
+        compilation_config=part,
+        speculative_config=part.speculative_config,
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"enable_mm_embeds": True}, "--enable-mm-embeds"),
+        ({"video_pruning_rate": 0.5}, "--video-pruning-rate"),
+        ({"speculative_config": object()}, "speculative decoding"),
+        ({"mm_encoder_tp_mode": "data", "tensor_parallel_size": 2}, "--mm-encoder-tp-mode data"),
+        ({"compile_mm_encoder": True}, "compile_mm_encoder"),
+        ({"cudagraph_mm_encoder": True}, "cudagraph_mm_encoder"),
+    ],
+)
+def test_options_that_do_not_go_with_pruning_are_refused(given, line):
+    with pytest.raises(vlprune.VLPruneError, match=line):
+        configure._check_options(server_with(**given), measures=True)
+
+
+def test_other_options_stay_allowed():
+    configure._check_options(server_with(), measures=True)
+    configure._check_options(server_with(compile_mm_encoder=True, mm_encoder_tp_mode="data"), measures=False)
 
 
 def test_other_models_and_encoders_are_refused():

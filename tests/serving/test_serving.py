@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +18,15 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed; make test-vllm prepares an environment with it")
 
 import requests
+import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 import vlprune
-from tests.serving.engines import Transformers, checkpoint, command, engine, for_two_ranks, questions, score, server
+from tests.serving.engines import OPTIONS, Transformers, checkpoint, engine, for_two_ranks, questions, score, server
+from vlprune.bench import commands, journal, vllm_server
 from vlprune.evals import tinyvlm
+from vlprune.integrations.vllm.models import OnePosition, Processor
 
 BUDGET = 0.4
 ASKED = 60
@@ -146,7 +151,58 @@ def test_a_server_under_load_and_with_a_bad_image(tmp_path):
 )
 def test_a_wrong_configuration_stops_the_server(settings, line, tmp_path):
     folder = checkpoint("tinyvlm", tmp_path / "tiny")
-    options = command(folder, "--additional-config", json.dumps({"vlprune": settings}))
-    done = subprocess.run(options, capture_output=True, text=True, timeout=240)
+    command = vllm_server.command(str(folder), *OPTIONS, "--additional-config", json.dumps({"vlprune": settings}))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode != 0
     assert line in done.stdout + done.stderr
+
+
+def test_the_benchmark_serves_without_pruning_and_with(tmp_path):
+    out, small = tmp_path / "rows.csv", "--dtype float32 --enforce-eager --max-model-len 1024"
+    told = "serve --like llava-next-tiny --methods uniform --concurrency 1,2 --requests 3 --new-tokens 4 --no-again"
+    result = CliRunner().invoke(commands.app, [*told.split(), "--options", small, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    rows = journal.read(out)
+    assert [(row["method"], row["concurrency"], row["error"]) for row in rows] == [
+        (method, concurrency, None) for method in ("none", "uniform") for concurrency in (1, 2)
+    ]
+    assert [(row["requests"], row["failed"]) for row in rows] == [(3, 0), (4, 0)] * 2
+    for whole, pruned in zip(rows[:2], rows[2:], strict=True):
+        assert whole["prompt_tokens"] - pruned["prompt_tokens"] == 336 - int(0.2 * 336)
+        assert pruned["first_ms_p50"] > 0
+        assert pruned["requests_per_s"] > 0
+
+
+def test_positions_past_the_table_are_cut_where_they_lie():
+    """A CUDA graph reads positions from where they were when it was recorded."""
+
+    class Base:
+        def forward(self, input_ids: Any, positions: torch.Tensor) -> torch.Tensor:
+            return positions
+
+    class Model(OnePosition, Base):
+        def __init__(self, last: int):
+            self.last_position = last
+
+    given = torch.tensor([[3, 9, 40], [1, 1, 1], [2, 2, 2]])
+    found = Model(last=9).forward(None, given)
+    assert found.tolist() == [3, 9, 9]
+    assert found.data_ptr() == given.data_ptr()
+
+
+def test_caches_tell_settings_apart():
+    """What caches of features and prompts go by depends on the image and on the settings."""
+
+    class Base:
+        def _get_mm_hashes(self, inputs: Any) -> dict[str, list[str]]:
+            return {"image": list(inputs)}
+
+    class Known(Processor, Base):
+        def __init__(self, **settings: Any):
+            config = SimpleNamespace(vlprune=vlprune.HiRED(**settings).to_dict())
+            self.info = SimpleNamespace(ctx=SimpleNamespace(model_config=SimpleNamespace(hf_config=config)))
+
+    settings: list[dict[str, Any]] = [{"budget": 0.2}, {"budget": 0.4}, {"budget": 0.2, "alpha": 0.3}]
+    found = [hashed for one in settings for hashed in Known(**one)._get_mm_hashes("ab")["image"]]
+    assert len(set(found)) == len(found)
+    assert Known(budget=0.2)._get_mm_hashes("ab")["image"] == found[:2]

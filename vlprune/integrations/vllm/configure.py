@@ -86,13 +86,17 @@ def _check_options(vllm_config: Any, measures: bool) -> None:
     images = vllm_config.model_config.multimodal_config
     ranks = vllm_config.parallel_config.tensor_parallel_size
     apart = ranks > 1 and images.mm_encoder_tp_mode == "data"
-    compiled = measures and vllm_config.compilation_config.compile_mm_encoder
+    compilation = vllm_config.compilation_config
+    compiled = measures and compilation.compile_mm_encoder
     refused = {
         "--enable-mm-embeds: features from outside come without what methods go by": images.enable_mm_embeds,
         "--video-pruning-rate: with vlprune a server takes images alone": images.video_pruning_rate,
         "speculative decoding: the draft model would be given other positions": vllm_config.speculative_config,
         "--mm-encoder-tp-mode data: a rank's encoder does not see all images": apart,
         "a compiled vision encoder (compile_mm_encoder): it cannot be watched": compiled,
+        "CUDA graphs of the vision encoder (cudagraph_mm_encoder): they leave out the step that prunes": (
+            compilation.cudagraph_mm_encoder
+        ),
     }
     for reason, given in refused.items():
         if given:

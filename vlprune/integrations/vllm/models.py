@@ -113,9 +113,12 @@ class Pruned:
         num_computed_tokens: int,
     ) -> tuple[list[Tensor], Tensor, int]:
         """Features without the columns of positions, positions, and how much further the text behind the prompt stands."""
+        if not multimodal_embeddings:
+            # vLLM's older runner asks in each step for each request, mostly about new tokens.
+            return [], mrope_positions, places.delta_of(mrope_positions)
         visual = torch.as_tensor(input_ids, device=mrope_positions.device) == self._image_token
         columns = [features[:, -places.COLUMNS :] for features in multimodal_embeddings]
-        found = torch.cat(columns).to(mrope_positions.device) if columns else mrope_positions.new_empty(0, places.COLUMNS)
+        found = torch.cat(columns).to(mrope_positions.device)
         now, delta = places.with_images(
             mrope_positions, visual, num_computed_tokens, places.from_columns(found), self.pruner.tower.mrope
         )
@@ -134,9 +137,10 @@ class OnePosition(Pruned):
         return list(self.vision_tower.vision_model.encoder.layers)
 
     def forward(self, input_ids: Tensor | None, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # The whole prompt may be longer than the LLM's table of positions, though the pruned one is not.
+        # The whole prompt may be longer than the LLM's table of positions, though the pruned one is not. In place: a CUDA
+        # graph reads them where they were when it was recorded.
         first = positions[0] if positions.ndim == 2 else positions
-        return super().forward(input_ids, first.clamp(max=self.last_position), *args, **kwargs)
+        return super().forward(input_ids, first.clamp_(max=self.last_position), *args, **kwargs)
 
 
 class LlavaInfo(Info, llava.LlavaProcessingInfo): ...

@@ -84,4 +84,9 @@ def with_images(positions: Tensor, visual: Tensor, computed: int, found: Tensor,
         new[:, places] = base + found.T
     else:
         new[0, places] = positions[1, places] + found[:, 0]
-    return new, int(new.max()) + 1 - new.shape[1]
+    return new, delta_of(new)
+
+
+def delta_of(positions: Tensor) -> int:
+    """How much further than its index the first token behind a prompt with ``positions (3, L)`` stands."""
+    return int(positions.max()) + 1 - positions.shape[1]

@@ -153,9 +153,10 @@ class Pruner:
         image = ImageTokens(features[:, : self.width], layout, plan.entering, self.probe.take(index))
         chosen, merged = choose(self.method, image, plan, layout.grid)
         keep = torch.arange(layout.total, device=features.device) if chosen.keep is None else chosen.keep
+        places = to_columns(offsets(layout, self.tower.mrope).to(keep.device)[keep], features)
+        left = torch.cat([merged[keep], features[keep, self.width :], places], 1)
         group = _ranks()
         if group is not None:
             # Ranks compute the same, but one of them decides, so that rounding cannot tell them apart.
-            keep = group.broadcast(keep.contiguous(), src=0)
-        places = to_columns(offsets(layout, self.tower.mrope).to(keep.device)[keep], features)
-        return keep, torch.cat([merged[keep], features[keep, self.width :], places], 1)
+            keep, left = (group.broadcast(found.contiguous(), src=0) for found in (keep, left))
+        return keep, left
