@@ -64,6 +64,7 @@ __all__ = [
     "VCAST",
     "VTCCLS",
     "VTM",
+    "YOPO",
     "ApET",
     "AttentionColumns",
     "AttentionSupport",

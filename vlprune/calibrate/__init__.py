@@ -2,5 +2,6 @@
 
 from vlprune.calibrate.diffrate import diffrate
 from vlprune.calibrate.search import knobs
+from vlprune.calibrate.yopo import yopo
 
-__all__ = ["diffrate", "knobs"]
+__all__ = ["diffrate", "knobs", "yopo"]

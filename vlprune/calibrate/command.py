@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from vlprune.calibrate.search import Found
 
-DIFFRATE = "diffrate"
+DIFFRATE, YOPO = "diffrate", "yopo"
 TINYVIT = "tinyvit"
 SYNTHVQA = "synthvqa[split=train]"
 SAMPLES, ANSWER_TOKENS = 64, 8
@@ -35,7 +35,7 @@ def calibrate(
             "default SynthVQA's training split. With diffrate a folder of pictures, in folders named like classes if need be."
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help="What is calibrated: a method with knobs, or diffrate.")] = DIFFRATE,
+    method: Annotated[str, typer.Option(help="What is calibrated: a method with knobs, yopo, or diffrate.")] = DIFFRATE,
     budget: Annotated[
         str, typer.Option(help="Share of visual tokens (0.2), or their count (64); with diffrate share of token-layers.")
     ] = "0.5",
@@ -43,6 +43,9 @@ def calibrate(
     samples: Annotated[int, typer.Option(min=1, help="Questions to try them on.")] = SAMPLES,
     answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer to look at.")] = ANSWER_TOKENS,
     steps: Annotated[int, typer.Option(min=1, help="With diffrate: batches to learn from.")] = 300,
+    threshold: Annotated[
+        float, typer.Option(min=0.0, help="With yopo: attention to visual tokens by that to others; heads below are inactive.")
+    ] = 0.07,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     seed: Annotated[int, typer.Option(help="Of what is tried.")] = 0,
     out: Annotated[
@@ -66,9 +69,13 @@ def calibrate(
         return
     from vlprune.calibrate import search
 
-    search.check(method, share)
+    if method != YOPO:
+        search.check(method, share)
     console.print(f"Loading {escape(model)} and questions.")
     loaded, batches, notes = _asked(model, data, samples, answer_tokens, batch_size, device)
+    if method == YOPO:
+        _count_heads(console, loaded, batches, share, threshold, out, notes)
+        return
     console.print(f"{notes['samples']} questions of {escape(notes['data'])}: first the answers of the model as it is.")
     try:
         found = search.knobs(
@@ -116,6 +123,17 @@ def _conclude(console: Console, found: Found, out: Path) -> None:
 
 def _compared(found: Found) -> str:
     return f"states are {found.loss:.4f} apart (1 - cosine), {found.default:.4f} with the defaults"
+
+
+def _count_heads(
+    console: Console, model: Any, batches: list[Any], budget: float | int, threshold: float, out: Path, notes: dict[str, Any]
+) -> None:
+    from vlprune.calibrate.yopo import yopo
+
+    found = yopo(model, batches, out, budget=budget, threshold=threshold, notes=notes)
+    for layer, heads in found.inactive_heads().items():
+        console.print(f"layer {layer}: heads {' '.join(map(str, heads))}")
+    console.print(f"{len(found.heads)} heads of keys are inactive for images; written to {escape(str(out))}")
 
 
 # ------------------------------------------------------------------ DiffRate, for image classifiers

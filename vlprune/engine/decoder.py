@@ -20,6 +20,7 @@ from vlprune.engine.encoder import EncoderHooks
 from vlprune.engine.eviction import Ledger
 from vlprune.engine.family import Parts
 from vlprune.engine.forward import Forward, Passed, Prefill
+from vlprune.engine.heads import VISUAL, inactive
 from vlprune.engine.placing import distinct, placed
 from vlprune.engine.rows import Take, put, take
 from vlprune.engine.sequence import Sequence
@@ -70,6 +71,7 @@ class DecoderHooks:
         self.prefill: Prefill | None = None
         self.drafts = 0
         self.unpadded = False
+        self.inactive = inactive(method, parts)
 
     def install(self) -> list[Any]:
         base, text = self.parts.base, self.parts.text
@@ -83,6 +85,8 @@ class DecoderHooks:
             handles.append(self.model.register_forward_pre_hook(self.enter_model, with_kwargs=True))
         for index, layer in enumerate(self.parts.text_layers):
             handles.append(layer.register_forward_pre_hook(LayerHook(self, index), with_kwargs=True))
+        for heads in self.inactive.values():
+            handles += heads.install()
         if hasattr(text, "_deepstack_process"):
             text.__dict__["_deepstack_process"] = DeepStack(self)
         return handles
@@ -130,7 +134,7 @@ class DecoderHooks:
         pruned = isinstance(cache, caches.PrunedCache)
         if chosen is None and not pruned:
             return None
-        pruning = chosen is not None and not all(c.idle for listed in chosen.values() for c in listed)
+        pruning = chosen is not None and any(self.inactive or not c.idle for listed in chosen.values() for c in listed)
         if pruning and cache is None and self._caches(text, kwargs):
             cache = kwargs["past_key_values"] = DynamicCache(config=text.config)
         batch, length = embeddings.shape[:2]
@@ -288,6 +292,8 @@ class DecoderHooks:
         for change in forward.passed[layer].changes:
             hidden = change(hidden)
         changed = forward.translate(layer, kwargs)
+        if layer in self.inactive and forward.sequence is not None:
+            changed[VISUAL] = forward.visual(layer)
         if args:
             return (hidden, *args[1:]), changed
         return args, {**changed, "hidden_states": hidden}

@@ -82,6 +82,7 @@ class Family:
     text_layers: str = "model.language_model.layers"
     text_attention: str = "self_attn"
     text_mlp: str = "mlp"
+    text_values: str = "v_proj"
     text_output: str = "o_proj"
     vision: str = "model.vision_tower"
     vision_layers: tuple[str, ...] = ("encoder.layers", "vision_model.encoder.layers")

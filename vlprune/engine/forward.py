@@ -137,6 +137,14 @@ class Forward:
 
         return self.once(("map", *self.kind(layer)[:2]), extended)
 
+    def visual(self, layer: int) -> Tensor:
+        """Which rows of a prompt are visual in ``layer``: ``(B, n, 1)`` bool."""
+        sequence, rows = self.sequence, self.passed[layer].rows
+        assert sequence is not None
+        if rows is None:
+            return sequence.visual[..., None]
+        return self.once(("visual", *self.kind(layer)), lambda: sequence.visual.gather(1, rows.clamp(min=0))[..., None])
+
     def translate(self, layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Keyword arguments of a decoder layer, in physical rows and columns."""
         passed = self.passed[layer]

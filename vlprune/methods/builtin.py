@@ -57,6 +57,7 @@ from vlprune.methods.vispruner import VisPruner
 from vlprune.methods.vscan import VScan
 from vlprune.methods.vtc_cls import VTCCLS
 from vlprune.methods.vtm import VTM
+from vlprune.methods.yopo import YOPO
 from vlprune.methods.zero_tprune import ZeroTPrune
 from vlprune.methods.zipvl import ZipVL
 
@@ -77,6 +78,7 @@ __all__ = [
     "VCAST",
     "VTCCLS",
     "VTM",
+    "YOPO",
     "ApET",
     "CDPruner",
     "CriticalKV",
