@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -17,7 +18,7 @@ PAGE, PICTURE = "results/all-methods.md", "images/all-methods.png"
 LEVEL = 0.05
 """Of significance, for all comparisons of a model together."""
 BETTER, WORSE = "▲", "▼"
-COLOURS = 48
+COLOURS = 128
 """Of a small picture."""
 ENCODER = {"ClsAttention", "MeanAttention", "ReceivedAttention", "GlobalAttention"}
 """Signals of a vision encoder's attention."""
@@ -35,19 +36,17 @@ def publish(measured: Iterable[str]) -> None:
     results = read()
     for block, text in blocks(results).items():
         fill(DOCS / PAGE, block, text)
-    _save(dots.figure(dots.panels(results)), PICTURE, dots.DPI)
-    for name in sorted({name_of(row) for result in results.values() for row in result["settings"]} - {UNPRUNED, *measured}):
+    dots.figure(dots.panels(results)).savefig(DOCS / PICTURE, dpi=dots.DPI)
+    for name in sorted({name for names in parts(results).values() for name in names} - set(measured)):
         fill(DOCS / "methods" / f"{name}.md", name, method(name, results))
         shown = [plot.Panel(_rows_of(name, model, results), MEAN, model) for model in _having(name, results)]
-        _save(plot.figure(shown), _picture(name), 80)
+        _save(plot.figure(shown), DOCS / _picture(name))
 
 
-def _save(figure: Any, name: str, dpi: int) -> None:
+def _save(figure: Any, path: Path) -> None:
     """As a picture of few colours, since there is one for each method."""
-    path = DOCS / name
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=dpi)
-    Image.open(path).convert("RGB").quantize(COLOURS).save(path, optimize=True)
+    figure.savefig(path, dpi=80)
+    Image.open(path).convert("RGB").quantize(COLOURS, Image.Quantize.FASTOCTREE).save(path, optimize=True)
 
 
 # ------------------------------------------------------------------ the page

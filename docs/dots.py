@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
 DPI = 140
 COLOURS = ("#003B5C", "#0088B8", "#7CC5E0")
-"""Of the budgets, the largest first: light where little is kept."""
+SIZES = (7.5, 5.5, 3.5)
+"""Of the budgets, the largest first: dots are light and small where little is kept, and none hides another."""
 OWN_COLOUR = "#D55E00"
 """Of methods whose count the content decides."""
-ROW, GAP = 0.19, 1.6
+ROW, GAP = 0.19, 2.0
 """Height of a row in inches, and rows between two parts."""
 
 
@@ -65,7 +66,7 @@ def figure(shown: tuple[dict[str, list[str]], list[Panel]]) -> Figure:
     for title, names in found.items():
         if names:
             above: Any = {"transform": grid[0].get_yaxis_transform(), "fontsize": 8, "style": "italic", "color": "#555555"}
-            grid[0].text(0.01, places[names[0]] - 0.85, title, **above)
+            grid[0].text(0.01, places[names[0]] - 0.75, title, **above)
     handles, labels = grid[0].get_legend_handles_labels()
     made.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=8.5)
     return made
@@ -92,11 +93,12 @@ def _draw(axes: Axes, panel: Panel, places: dict[str, float]) -> None:
     for name, place in places.items():
         scores = [_score(row) for row in panel.rows[name].values()]
         axes.plot([min(scores, default=0), max(scores, default=0)], [place] * 2, color="#BBBBBB", linewidth=1.2, zorder=2)
-    for budget, colour in colours.items():
+    sizes = (*SIZES, SIZES[1])
+    for (budget, colour), size in zip(colours.items(), sizes, strict=True):
         dots = [(_score(rows[budget]), places[name]) for name, rows in panel.rows.items() if budget in rows]
-        label = "count by content" if budget is None else f"{100 * budget:.0f} % of the tokens (line: random)"
+        label = "count by content" if budget is None else f"{100 * budget:.0f} % of the tokens"
         if dots:
-            axes.plot(*zip(*dots, strict=True), "o", color=colour, markersize=5.2, markeredgewidth=0, label=label, zorder=3)
+            axes.plot(*zip(*dots, strict=True), "o", color=colour, markersize=size, markeredgewidth=0, label=label, zorder=3)
     axes.set_title(panel.title, fontsize=11, loc="left")
     axes.set_xlabel("mean score over the kinds of question, %", fontsize=8.5)
     axes.tick_params(axis="y", length=0)
