@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests import inside
 from vlprune.errors import BudgetError, OptionError
 from vlprune.image import ImageLayout, ImageTokens, LayerTokens, ModelShape, VisionTokens
 from vlprune.integrations.llava import anyres, single
@@ -61,6 +62,20 @@ def blocks(layout: ImageLayout, shape: ModelShape, seed: int = 0, heads: int = 3
     size = (3, layout.tiles, heads, layout.placeholder.shape[1] + shape.has_cls, WIDTH)
     # Ever sharper attention, as in a real encoder.
     return [tuple(torch.randn(size, generator=generator) * (0.5 + 0.3 * i)) for i in range(shape.feature_layer)]
+
+
+def adversarial_blocks(layout: ImageLayout, shape: ModelShape, content: str) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Keys and values full of ties, zeros, constants, or with one token that outshines all; products of them are exact."""
+    generator = torch.Generator().manual_seed(0)
+    tiles, patches = layout.placeholder.shape
+    size = (tiles, 3, patches + shape.has_cls, 4)
+
+    def block() -> tuple[Tensor, Tensor, Tensor]:
+        query = torch.randint(-2, 3, (*size[:-1], WIDTH), generator=generator) / 2
+        keys, values = (torch.nn.functional.pad(inside.CONTENTS[content][1](generator, *size), (0, WIDTH - 4)) for _ in "kv")
+        return query, keys, values
+
+    return [block() for _ in range(shape.feature_layer)]
 
 
 def run(method: FlowCut, layout: ImageLayout, shape: ModelShape, data: list) -> list[Tensor]:
@@ -162,6 +177,19 @@ def test_the_encoder_loses_what_the_definition_says(layout, target, cls, schedul
         return
     assert [patches.tolist() for patches in seen] == by_hand(count, layout, shape, data, schedule)
     assert seen[-1].shape == (layout.tiles, count)
+
+
+@pytest.mark.parametrize("content", [content for content in inside.CONTENTS if content != "random"])
+@pytest.mark.parametrize("cls", [True, False], ids=["CLS", "no CLS"])
+@LAYOUT_CASES
+def test_the_encoder_loses_what_the_definition_says_of_adversarial_images(layout, cls, content):
+    shape = replace(SHAPE, has_cls=cls)
+    data = adversarial_blocks(layout, shape, content)
+    for target, schedule in ((1, "even"), (5, "entropy"), (12, "even")):
+        count = in_each_tile(target, layout, shape)
+        seen = run(FlowCut(target=target, schedule=schedule), layout, shape, data)
+        expected = by_hand(count, layout, shape, data, schedule) if count < layout.placeholder.shape[1] else []
+        assert [patches.tolist() for patches in seen] == expected, (target, schedule)
 
 
 @pytest.mark.parametrize("schedule", ["entropy", "even"])

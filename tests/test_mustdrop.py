@@ -199,6 +199,17 @@ def test_of_equal_windows_the_first_ones_are_merged():
     assert len(merged) == 18  # a quarter of nine windows
 
 
+@LAYOUT_CASES
+def test_of_what_is_no_number_no_window_at_the_edge_of_the_picture_is_merged(layout):
+    """So as many tokens enter as planned."""
+    method = MustDrop(budget=0.3, merge_share=0.5)
+    plan = method.plan(layout, SHAPE)
+    hidden = torch.full((*layout.placeholder.shape, 4), torch.nan)
+    found = carried_out(hidden, method.encode(vision(layout, hidden)) if method.encode_layers(layout, SHAPE) else None)
+    places = layout.placeholder.tolist()
+    assert sum(place[patch] >= 0 for place, tile in zip(places, found, strict=True) for patch in tile) == plan.entering
+
+
 def test_a_grid_smaller_than_a_window_is_left_alone():
     layout = single(2)
     hidden = torch.ones(1, 4, 4)

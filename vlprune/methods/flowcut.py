@@ -16,7 +16,7 @@ from vlprune.errors import BudgetError
 from vlprune.image import ImageLayout, ImageTokens, LayerTokens, ModelShape, VisionTokens, top
 from vlprune.method import Method, Plan, Selection, register
 from vlprune.methods.grids import left_by_encoder, with_separators
-from vlprune.methods.salience import normalised, value_affinity
+from vlprune.methods.salience import normalised, number_or_lowest, value_affinity
 from vlprune.methods.staged import best, staged_plan
 from vlprune.signals import ClsAttention, ClsValues, MeanAttention, QueryAttention, Signal, Values
 
@@ -108,7 +108,8 @@ class FlowCut(Method):
         if leaving == 0:
             return None
         places = tokens.layout.placeholder.to(score.device, non_blocking=True).gather(1, tokens.patches)
-        return Selection(top(score.masked_fill(places < 0, -torch.inf), present - leaving).sort().values)
+        score = number_or_lowest(score).masked_fill(places < 0, -torch.inf)
+        return Selection(top(score, present - leaving).sort().values)
 
     def _leaving(self, inflow: Tensor, spare: int, tokens: VisionTokens) -> int:
         """How many of a tile's patches leave, of ``spare`` that have to in the end. ``inflow (tiles, n)`` adds up to 1."""
@@ -119,9 +120,9 @@ class FlowCut(Method):
             return spare
         if self.schedule == "even":
             return math.ceil(spare / (blocks_left // 2 + 1))
-        # The tile whose attention is most concentrated decides for all.
-        entropy = torch.special.entr(inflow).sum(1).min().item() / math.log(inflow.shape[1])
-        return max(0, round(spare / math.sqrt(blocks_left) * (1 - entropy**2)))
+        # The tile whose attention is most concentrated decides for all. What is no number says nothing.
+        entropy = torch.special.entr(inflow).sum(1).nan_to_num(torch.inf).min().item() / math.log(inflow.shape[1])
+        return round(spare / math.sqrt(blocks_left) * (1 - min(entropy, 1.0) ** 2))
 
     def select(self, image: ImageTokens) -> Selection:
         return Selection(with_separators(left_by_encoder(image), image))

@@ -112,7 +112,8 @@ def best_share_of_tiles(attention: Tensor, share: float, alive: Tensor, image: I
     there = flags.index_fill(0, alive, True)[places]
     quotas = image.host(torch.tensor([rounded_up(share, tokens) for tokens in range(patches + 1)]))
     within = torch.arange(patches, device=image.device) < quotas[there.sum(1)][:, None]
-    chosen = torch.zeros_like(there).scatter(1, top(attention.masked_fill(~there, -torch.inf), patches), within)
+    order = top(number_or_lowest(attention).masked_fill(~there, -torch.inf), patches)
+    chosen = torch.zeros_like(there).scatter(1, order, within)
     return flags.scatter(0, torch.where(chosen, places, total).flatten(), True)[:total]
 
 

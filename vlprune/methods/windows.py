@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vlprune.image import ImageLayout, VisionTokens, remembered, top
 from vlprune.method import Merge, Selection
+from vlprune.methods.salience import number_or_lowest
 
 
 @remembered
@@ -59,7 +60,7 @@ def likeness(hidden: Tensor, layout: ImageLayout, side: int) -> tuple[Tensor, Te
     members = torch.nn.functional.normalize(hidden, dim=-1)[:, windows]
     # The square of the sum of unit vectors holds every pair twice, and each vector with itself once.
     pairs = members.sum(2).square().sum(-1) - members.square().sum((2, 3))
-    alike = pairs / (windows.shape[1] * (windows.shape[1] - 1))
+    alike = number_or_lowest(pairs / (windows.shape[1] * (windows.shape[1] - 1)))
     return windows, alike.masked_fill(~inside, -torch.inf).masked_fill(outside, torch.inf)
 
 
