@@ -85,8 +85,13 @@ def available(make, options):
     return known.issuperset(options)
 
 
+def adds_masks(make):
+    """Whether attention as a product of matrices adds the mask. Where it does not, there is the fused kernel alone."""
+    return hasattr(timm.models.eva if make is Eva else timm.models.vision_transformer, "maybe_add_mask")
+
+
 def unfused(model):
-    """Attention as a product of matrices; before it took masks there is the fused kernel alone."""
+    """Attention as a product of matrices."""
     for module in model.modules():
         if hasattr(module, "fused_attn") and "attn_mask" in inspect.signature(type(module).forward).parameters:
             module.fused_attn = False
@@ -107,13 +112,12 @@ def intermediate_layers(model, inputs):
 def case(name):
     prefix, make, options = MODELS[name]
     own = make in (VisionTransformer, VisionTransformerDistilled, Eva, OpenClip)
-    masks = available(timm.models.vision_transformer.Attention.forward, ["attn_mask"])
     of_timm = own and make is not OpenClip
     return Case(
         make=partial(make, **options),
         prefix=prefix,
         inputs=(lambda count=2, **size: {"image": images(count, **size)}) if name == "open_clip CLIP" else Case.inputs,
-        variants=(lambda model: None, unfused) if of_timm and masks else Case.variants,
+        variants=(lambda model: None, unfused) if of_timm and adds_masks(make) else Case.variants,
         sizes=((28, 56), (21, 35)) if name in ANY_SIZE else (),
         features=(forward_features,) if of_timm else (),
         between=tuple(
@@ -126,7 +130,7 @@ def case(name):
         ),
         compiled=name in COMPILED,
         hides_values=name in ("open_clip norms", "open_clip heads")
-        or (make is Eva and options.get("qkv_fused", True) and available(timm.models.eva.EvaBlock, ["qk_norm"])),
+        or (make is Eva and options.get("qkv_fused", True) and available(timm.models.eva.EvaAttention, ["qk_norm"])),
         plain_output=name not in ("norm of attention", "open_clip heads"),
         # timm's own came for this: PyTorch's refuses by default what EVA passes to its blocks.
         checkpoints=make is not Eva or timm.models._manipulate.checkpoint.__module__.startswith("timm"),
@@ -150,6 +154,17 @@ def test_other_residual_layouts_are_refused_by_name():
             vlprune.apply(VisionTransformer(**SIZE, block_fn=block), "tome")
     with pytest.raises(vlprune.UnsupportedModelError, match=r"EvaBlockPostNorm.*EVA"):
         vlprune.apply(Eva(**SIZE, use_post_norm=True), "tome")
+
+
+def test_unfused_attention_that_does_not_add_masks_is_refused():
+    """EVA's, before it had norms, and in the first version with them, where a mask says yes or no."""
+    model = strong(Eva(**LEARNED))
+    unfused(model)
+    if adds_masks(Eva):
+        vlprune.apply(model, "tome")
+        return
+    with pytest.raises(vlprune.UnsupportedModelError, match="EVA.*(does not add the mask|residual layout)"):
+        vlprune.apply(model, "tome")
 
 
 def test_windows_and_relative_positions_are_refused_by_name():

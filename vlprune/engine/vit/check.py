@@ -57,8 +57,8 @@ def proportional(name: str, block: nn.Module, layout: Layout, shape: VitShape) -
     if not (sized - expected).abs().amax() <= 0.25 * (plain - expected).abs().amax() + rounding:
         raise UnsupportedModelError(
             f"the attention of this {name} model ({type(block.get_submodule(layout.attention)).__name__}) does not add the "
-            "mask that it is given to its logits; load it with attn_implementation='sdpa', or apply the method with "
-            "proportional=False"
+            "mask that it is given to its logits; use its fused kernel (transformers: attn_implementation='sdpa', timm: "
+            "fused_attn), or apply the method with proportional=False"
         )
 
 
