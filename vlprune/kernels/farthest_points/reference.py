@@ -100,7 +100,7 @@ class Cosines:
         batch, points, _ = self.rows.shape
         if self.rows.is_cuda or self.scale is not None:
             return self.block(0, points)
-        matrix = _room(batch * points**2, self.rows.dtype).view(batch, points, points)
+        matrix = self.rows.new_empty(batch, points, points)
         with torch.autocast(self.rows.device.type, enabled=False):
             for rows, products in zip(self.rows, matrix, strict=True):
                 _multiply_once(rows, products, 0, points)
@@ -112,13 +112,6 @@ class Cosines:
         row = self.rows.gather(1, index[..., None].expand(-1, -1, self.rows.shape[2]))
         out = self._between(row, None if self.scale is None else self.scale.gather(1, index))[:, 0]
         return out.masked_fill(~self.known.gather(1, index), -math.inf)
-
-
-def _room(numbers: int, dtype: torch.dtype) -> Tensor:
-    """Memory of a CPU for so many numbers. NumPy asks for huge pages; thousands of small ones cost a fifth of the products."""
-    import numpy as np
-
-    return torch.from_numpy(np.empty(numbers, "float64" if dtype == torch.float64 else "float32"))
 
 
 def _multiply_once(rows: Tensor, products: Tensor, first: int, end: int) -> None:
