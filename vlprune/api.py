@@ -48,7 +48,8 @@ def apply(
             comes with vlprune: ``"tinyvlm-hired"``.
         preset: in its place, ``"quality"``, ``"balanced"`` or ``"fast"``: what measurements recommend for this kind of model,
             see :mod:`vlprune.presets`. Without any of the three: ``"balanced"``.
-        **options: the method's knobs; ``budget`` is the one that all have.
+        **options: the method's knobs; ``budget`` is the one that all have, ``without_sinks=True`` one of all that choose
+            inside the LLM, see :func:`vlprune.without_sinks`.
 
     Raises:
         UnsupportedModelError, UnsupportedMethodError, OptionError, BudgetError: the model is then as it was before.

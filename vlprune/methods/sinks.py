@@ -23,6 +23,7 @@ def without_sinks(method: Method, threshold: float = PUBLISHED, channels: int = 
     """``method`` as it would choose if attention sinks among the visual tokens got no attention.
 
     >>> vlprune.apply(model, vlprune.without_sinks(vlprune.SnapKV(budget=0.2)))
+    >>> vlprune.apply(model, "snapkv", budget=0.2, without_sinks=True)  # the same
 
     A sink gets much attention and holds little; it is told by its hidden state before the layer whose cache is evicted, or
     before which tokens leave (VAR's detector: Kang et al., See What You Are Told, ICLR 2025, arXiv:2503.03321): a visual
