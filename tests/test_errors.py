@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -155,6 +156,22 @@ def test_a_stage_that_the_family_does_not_have():
 
     needed = ("early acts in the stage encode", "select, prefill, evict only")
     refuses(zoo.build("llava_onevision"), vlprune.UnsupportedMethodError, *needed, method=Early(budget=3))
+
+
+def test_a_method_that_a_family_cannot_run_is_refused_with_some_that_it_can():
+    """The matrices of the laws run all others. ToMe stands for those that merge in encoders of known architectures."""
+    fitting: dict[str, set[str]] = {family: set() for family in zoo.FAMILIES}
+    for family, name, _ in zoo.combinations():
+        fitting[family].add(name)
+    unknown = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "mistral3")
+    refused = [(family, name) for family, fit in fitting.items() for name in vlprune.methods() if name not in fit]
+    for family, name in [*refused, *((family, "tome") for family in unknown)]:
+        with pytest.raises((vlprune.UnsupportedMethodError, vlprune.UnsupportedModelError)) as caught:
+            vlprune.apply(zoo.build(family), name)
+        words = set(re.findall(r"[a-z0-9+-]+", str(caught.value)))
+        assert name in words
+        assert fitting[family] & words - {name}
+    assert ("llava_onevision", "flowcut") in refused
 
 
 # ------------------------------------------------------------------ methods, options, budgets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def check(method: Method, parts: Parts) -> None:
     if missing:
         raise UnsupportedMethodError(
             f"{method.name} acts in the stage {', '.join(missing)}, but {parts.family.name} is supported in "
-            f"{', '.join(parts.family.stages)} only"
+            f"{', '.join(parts.family.stages)} only; methods that act there: {', '.join(acting_in(parts.family.stages))}"
         )
     implementation = parts.text.config._attn_implementation or ""
     if "flash" in implementation and "sliding_attention" in (getattr(parts.text.config, "layer_types", None) or ()):
@@ -100,6 +101,11 @@ def check(method: Method, parts: Parts) -> None:
             raise UnsupportedMethodError(
                 f"{method.name} asks for {tower} layer {signal.layer}, but this model has layers 0 to {layers - 1} there"
             )
+
+
+def acting_in(stages: Sequence[str]) -> list[str]:
+    """Methods for vision-language models that act in no other stage and show the encoder no other image."""
+    return [name for name, cls in methods().items() if set(cls().stages) <= set(stages) and not cls().resizes]
 
 
 def _without_cls() -> list[str]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vlprune.blocks import BlockMethod
 from vlprune.engine.family import Family
-from vlprune.engine.patch import ATTRIBUTE, forget_compiled, patch_of, uninstall
+from vlprune.engine.patch import ATTRIBUTE, acting_in, forget_compiled, patch_of, uninstall
 from vlprune.engine.vit import check
 from vlprune.engine.vit.architecture import Architecture, architecture_of, architectures, tower_of
 from vlprune.engine.vit.blocks import STATE, BlockState, Tap, install, shadowed
@@ -137,7 +137,8 @@ def tower_patch(model: nn.Module, family: Family, method: Method) -> VitPatch:
         known = ", ".join(known.name for known in architectures())
         raise UnsupportedModelError(
             f"{method.name} merges rows inside the vision encoder, and that of {family.name} ({type(tower).__name__}) is no "
-            f"architecture that it knows; known are {known}"
+            f"architecture that it knows; known are {known}. Methods for vision-language models that can prune this one: "
+            f"{', '.join(acting_in(family.stages))}"
         )
     patch = VitPatch(model, architecture, method, tower)
     feature, blocks = getattr(model.config, "vision_feature_layer", None), len(patch.blocks)
