@@ -25,7 +25,7 @@ from vlprune.evals.tinyvlm import build, export
 
 TOKENS = 8
 """TinyVLM's longest answers."""
-START = 240
+START = 600
 """Seconds that a server may take to start."""
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
