@@ -96,7 +96,7 @@ def test_with_less_memory(backend, at_once, started, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rounded", [True, False])
 def test_many_points_are_chosen_as_few_are(dtype, rounded, monkeypatch):
-    """On a CPU cosines are made by halves, and rounds are done in arrays; with a row at a time they are done in tensors."""
+    """On a CPU cosines are made in strips, and rounds are done in arrays; with a row at a time they are done in tensors."""
     features = exact(2, 77).to(dtype)
     monkeypatch.setattr(reference, "TOGETHER", 10)
     with using("reference"):

@@ -44,7 +44,7 @@ def farthest_points(
 
 @torch.library.custom_op("vlprune::farthest_points", mutates_args=())
 def _operator(features: Tensor, count: int, start: Tensor | None, valid: Tensor | None, rounded: bool) -> Tensor:
-    rounds = reference.rounds
+    rounds = None
     if on_triton(features):
         from vlprune.kernels.farthest_points import triton
 

@@ -12,8 +12,8 @@ from vlprune.kernels.bipartite_match.reference import inverse_norms, products, r
 
 AT_ONCE = 2**26
 """Cosines that are kept at one time, at most: 256 MB in float32."""
-TOGETHER = 512
-"""Points whose cosines are one product on a CPU: fewer would make its products slow."""
+TOGETHER = 384
+"""Points whose cosines are one product on a CPU: with fewer, calls cost more than what they save."""
 LAST = torch.finfo(torch.float32).max
 """Takes the place of a point's cosine to the nearest one chosen, if the point has no cosines: it comes after all others."""
 
@@ -21,9 +21,9 @@ Rounds = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
 def farthest_points(
-    features: Tensor, count: int, start: Tensor | None, valid: Tensor | None, rounded: bool, rounds: Rounds
+    features: Tensor, count: int, start: Tensor | None, valid: Tensor | None, rounded: bool, rounds: Rounds | None = None
 ) -> Tensor:
-    """See :func:`vlprune.kernels.farthest_points`. ``rounds``: :func:`rounds`, or what does the same."""
+    """See :func:`vlprune.kernels.farthest_points`. ``rounds``: a kernel that does the same as :func:`rounds`."""
     batch, points, _ = features.shape
     if batch * points * count == 0:
         return features.new_full((batch, count), -1, dtype=torch.int64)
@@ -36,7 +36,7 @@ def farthest_points(
 
 
 def _of_some(
-    features: Tensor, count: int, start: Tensor | None, valid: Tensor | None, rounded: bool, rounds: Rounds
+    features: Tensor, count: int, start: Tensor | None, valid: Tensor | None, rounded: bool, kernel: Rounds | None
 ) -> Tensor:
     cosines = Cosines(features, rounded)
     nearest = torch.full_like(cosines.known, -math.inf, dtype=cosines.wide).masked_fill_(~cosines.known, LAST)
@@ -46,6 +46,8 @@ def _of_some(
     if features.shape[1] ** 2 > AT_ONCE:
         first = _loneliest(nearest, neighbours, cosines.block) if start is None else start
         return _rounds(cosines.of, nearest, first, count)
+    if features.device.type == "cpu" and kernel is None:
+        return _on_cpu(cosines, nearest, neighbours, start, count)
     matrix = cosines.all()
     if start is None:
         # It may write into the matrix: what a point is to itself, or one that is no neighbour to others, is not asked again.
@@ -53,7 +55,21 @@ def _of_some(
     else:
         first, samples = start, torch.arange(len(start), device=start.device)
         matrix[samples, start] = matrix[samples, start].masked_fill(~cosines.known.gather(1, start[:, None]), -math.inf)
-    return rounds(matrix, nearest, first, count)
+    return (kernel or rounds)(matrix, nearest, first, count)
+
+
+def _on_cpu(cosines: Cosines, nearest: Tensor, neighbours: Tensor, start: Tensor | None, count: int) -> Tensor:
+    """Sample by sample, each with a :class:`Triangle`."""
+    chosen = []
+    for sample, rows in enumerate(cosines.rows):
+        triangle = Triangle(rows, cosines.rounded_again)
+        if start is None:
+            highest = triangle.highest(neighbours[sample])
+            first = int(_lowest(torch.maximum(nearest[sample], highest)[None]))
+        else:
+            first = int(start[sample])
+        chosen.append(triangle.rounds(nearest[sample], cosines.known[sample], first, count))
+    return torch.tensor(chosen)
 
 
 class Cosines:
@@ -84,9 +100,9 @@ class Cosines:
         if self.scale is not None and scale is not None:
             out *= self.scale[:, None]
             out *= scale[..., None]
-        return self._rounded(out)
+        return self.rounded_again(out)
 
-    def _rounded(self, products: Tensor) -> Tensor:
+    def rounded_again(self, products: Tensor) -> Tensor:
         """Distances are rounded once more, and coarsely around 1. What counts is their order."""
         return (products.to(self.dtype) - 1).to(products.dtype) if self.rounded else products
 
@@ -100,11 +116,7 @@ class Cosines:
         batch, points, _ = self.rows.shape
         if self.rows.is_cuda or self.scale is not None:
             return self.block(0, points)
-        matrix = self.rows.new_empty(batch, points, points)
-        with torch.autocast(self.rows.device.type, enabled=False):
-            for rows, products in zip(self.rows, matrix, strict=True):
-                _multiply_once(rows, products, 0, points)
-        return self._rounded(matrix)
+        return torch.stack([Triangle(rows, self.rounded_again).matrix() for rows in self.rows])
 
     def of(self, point: Tensor) -> Tensor:
         """``(B, N)`` of one point of each sample, -inf if it is not a number."""
@@ -114,22 +126,65 @@ class Cosines:
         return out.masked_fill(~self.known.gather(1, index), -math.inf)
 
 
-def _multiply_once(rows: Tensor, products: Tensor, first: int, end: int) -> None:
-    """Fills the square of ``products (N, N)`` of the points from ``first`` to ``end``.
+class Triangle:
+    """Cosines between the points of one sample on a CPU, of each two of them once.
 
-    The one half of them is multiplied with the other, and each half within itself: on a CPU, where the arithmetic is what
-    takes the time, a third of it is saved.
+    Strips of :data:`TOGETHER` points, with these and all behind them. That is little more than half of the arithmetic, and of
+    memory, which a CPU is as slow to get as to fill.
     """
-    if end - first <= TOGETHER:
-        some = slice(first, end)
-        torch.mm(rows[some], rows[some].mT, out=products[some, some])
-        return
-    middle = (first + end) // 2
-    lower, upper = slice(first, middle), slice(middle, end)
-    torch.mm(rows[lower], rows[upper].mT, out=products[lower, upper])
-    products[upper, lower].copy_(products[lower, upper].mT)
-    _multiply_once(rows, products, first, middle)
-    _multiply_once(rows, products, middle, end)
+
+    def __init__(self, rows: Tensor, rounded: Callable[[Tensor], Tensor]):
+        self.rows, self.size = rows, TOGETHER
+        with torch.autocast(rows.device.type, enabled=False):
+            products = [torch.mm(rows[first : first + self.size], rows[first:].mT) for first in self._starts()]
+        self.strips = list(map(rounded, products))
+
+    def _starts(self) -> range:
+        return range(0, len(self.rows), self.size)
+
+    def highest(self, neighbours: Tensor) -> Tensor:
+        """``(N,)`` of each point to the neighbour that is most alike. Overwrites those of points that are no neighbours."""
+        highest = self.rows.new_full((len(self.rows),), -math.inf)
+        everyone = bool(neighbours.all())
+        for first, strip in zip(self._starts(), self.strips, strict=True):
+            strip.diagonal().fill_(-math.inf)
+            behind, own = slice(first, None), slice(first, first + self.size)
+            if not everyone:
+                strip.masked_fill_(~(neighbours[own, None] & neighbours[behind]), -math.inf)
+            highest[behind] = torch.maximum(highest[behind], strip.amax(0))
+            highest[own] = torch.maximum(highest[own], strip.amax(1))
+        return highest
+
+    def rounds(self, nearest: Tensor, known: Tensor, point: int, count: int) -> list[int]:
+        """:func:`rounds` of one sample: in arrays, whose operations cost a tenth of a tensor's where they are that small."""
+        import numpy as np
+
+        strips, lowest = [strip.numpy() for strip in self.strips], nearest.numpy().copy()
+        has_cosines, chosen = known.numpy(), []
+        for _ in range(count):
+            chosen.append(point)
+            if point < 0:
+                continue
+            if has_cosines[point]:
+                place, within = divmod(point, self.size)
+                for number, strip in enumerate(strips[:place]):
+                    before = lowest[number * self.size : (number + 1) * self.size]
+                    np.maximum(before, strip[:, point - number * self.size], out=before)
+                behind = lowest[place * self.size :]
+                np.maximum(behind, strips[place][within], out=behind)
+            lowest[point] = math.inf
+            point = int(lowest.argmin())
+            point = -1 if lowest[point] == math.inf else point
+        return chosen
+
+    def matrix(self) -> Tensor:
+        """``(N, N)``."""
+        matrix = self.rows.new_empty(len(self.rows), len(self.rows))
+        for first, strip in zip(self._starts(), self.strips, strict=True):
+            end = first + len(strip)
+            matrix[first:end, first:] = strip
+            matrix[end:, first:end] = strip[:, len(strip) :].mT
+        return matrix
 
 
 def _loneliest(nearest: Tensor, neighbours: Tensor, block_of: Callable[[int, int], Tensor]) -> Tensor:
@@ -164,9 +219,6 @@ def rounds(matrix: Tensor, nearest: Tensor, first: Tensor, count: int) -> Tensor
         nearest: ``(B, N)`` where each point starts: -inf, :data:`LAST` if it has no cosines, inf if it does not exist.
         first: ``(B,)`` the first points.
     """
-    if matrix.device.type == "cpu":
-        listed = [_rounds_on_cpu(*sample, count) for sample in zip(matrix, nearest, first.tolist(), strict=True)]
-        return torch.tensor(listed)
     samples = torch.arange(matrix.shape[0], device=matrix.device)
     return _rounds(lambda point: matrix[samples, point.clamp(min=0)], nearest, first, count)
 
@@ -179,20 +231,4 @@ def _rounds(cosines_of: Callable[[Tensor], Tensor], nearest: Tensor, first: Tens
         nearest = torch.maximum(nearest, cosines_of(point))
         nearest.scatter_(1, point.clamp(min=0)[:, None], math.inf)
         point = _lowest(nearest)
-    return chosen
-
-
-def _rounds_on_cpu(matrix: Tensor, nearest: Tensor, first: int, count: int) -> list[int]:
-    """:func:`_rounds` of one sample: in arrays, whose operations cost a tenth of a tensor's where they are that small."""
-    import numpy as np
-
-    rows, lowest = matrix.numpy(), nearest.numpy().copy()
-    chosen, point = [], first
-    for _ in range(count):
-        chosen.append(point)
-        if point >= 0:
-            np.maximum(lowest, rows[point], out=lowest)
-            lowest[point] = math.inf
-            point = int(lowest.argmin())
-            point = -1 if lowest[point] == math.inf else point
     return chosen
