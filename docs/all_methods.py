@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
@@ -193,24 +194,28 @@ def _kinds(results: Results) -> list[str]:
 
 def _impossible(results: Results) -> str:
     """Settings and why, those of a method in one row; methods that had nothing to do."""
-    rows: dict[tuple[str, str], list[str]] = {}
+    reasons: dict[str, dict[str, dict[str, list[str]]]] = {}
     for model, result in results.items():
         for label, why in result["not_possible"].items():
             method, _, budget = label.rpartition(" ")
-            rows.setdefault((method, _reason(why)), []).append(f"{model}, {budget}")
+            reasons.setdefault(method.partition("[")[0], {}).setdefault(model, {}).setdefault(_reason(why), []).append(budget)
     shown = {name for names in parts(results).values() for name in names}
     for model, result in results.items():
-        idle = {name_of(row) for row in result["settings"]} - {UNPRUNED, *shown}
-        for name in sorted(idle):
-            rows.setdefault((name, "leaves images whole: it is for videos"), []).append(f"{model}, all")
-    listed = [[_link(method.partition("[")[0]), "; ".join(where), why] for (method, why), where in sorted(rows.items())]
-    return table(["method", "model, budget", "why"], listed, left=3) if listed else "Nothing."
+        for name in {name_of(row) for row in result["settings"]} - {UNPRUNED, *shown}:
+            reasons.setdefault(name, {})[model] = {"images stay whole: it is for videos": ["all"]}
+    rows = [[_link(name), *(_told(models.get(model, {})) for model in results)] for name, models in sorted(reasons.items())]
+    return table(["method", *results], rows, left=1 + len(results)) if rows else "Nothing."
+
+
+def _told(reasons: dict[str, list[str]]) -> str:
+    return "<br>".join(f"{', '.join(budgets)}: {why}" for why, budgets in reasons.items())
 
 
 def _reason(why: str) -> str:
-    """Without what differs from budget to budget."""
-    _, found, allowed = " ".join(why.split()).partition("for this image on this model ")
-    return allowed.removesuffix("; raise the budget") if found else " ".join(why.split())
+    """Of a budget that is too small only from where on it is possible; other reasons as they were told."""
+    told = " ".join(why.split())
+    lowest = re.search(r"or a fraction of ([\d.]+) to 1", told)
+    return f"possible from {lowest[1]} on" if lowest else told.partition(": ")[0]
 
 
 # ------------------------------------------------------------------ a method's page

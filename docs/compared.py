@@ -28,7 +28,7 @@ KEPT = ("method", "budget", "samples", "errors", "tokens", "layer_tokens", "cach
 KEPT += ("cache_kib", "agreement")
 """What stays of a setting's summary as it is."""
 
-SHORTER, CACHE, OWN, BASELINES = "Fewer tokens in the prefill", "Whole prefill, smaller cache", "By content", "Baselines"
+SHORTER, CACHE, OWN, BASELINES = "Fewer tokens in the prefill", "Whole prefill, smaller cache", "Count by content", "Baselines"
 """Parts of the page."""
 
 Results = dict[str, Any]

@@ -97,8 +97,9 @@ def _draw(axes: Axes, panel: Panel, places: dict[str, float]) -> None:
     for (budget, colour), size in zip(colours.items(), sizes, strict=True):
         dots = [(_score(rows[budget]), places[name]) for name, rows in panel.rows.items() if budget in rows]
         label = "count by content" if budget is None else f"{100 * budget:.0f} % of the tokens"
+        look: Any = {"color": colour, "markersize": size, "markeredgewidth": 0, "zorder": 3, "clip_on": False}
         if dots:
-            axes.plot(*zip(*dots, strict=True), "o", color=colour, markersize=size, markeredgewidth=0, label=label, zorder=3)
+            axes.plot(*zip(*dots, strict=True), "o", label=label, **look)
     axes.set_title(panel.title, fontsize=11, loc="left")
     axes.set_xlabel("mean score over the kinds of question, %", fontsize=8.5)
     axes.tick_params(axis="y", length=0)

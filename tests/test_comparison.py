@@ -68,13 +68,13 @@ def test_what_is_saved_decides_on_the_part(pages: ModuleType):
     own = [setting("zipvl", budget, 0.8, 70, 70) for budget in BUDGETS]
     idle = [setting("evs", budget, 0.9, TOTAL, TOTAL) for budget in BUDGETS]
     rows = spent("snapkv", {0.22: 0.85}, whole=True) + own + idle + spent("hired", {0.22: 0.7})
-    made = pages.blocks(both(rows, [], **{"fastv 0.22": "for this image on this model fastv allows 9; raise the budget"}))
+    made = pages.blocks(both(rows, [], **{"fastv 0.22": "fastv allows 9 to 9, or a fraction of 0.402 to 1; raise"}))
     there = {part: [row[0].partition("]")[0][1:] for row in lines(made[part])] for part in ("shorter", "cache", "baselines")}
     assert there == {"shorter": ["hired"], "cache": ["snapkv"], "baselines": ["random"]}
     assert lines(made["by-content"])[0][2:] == ["80.0 ± 5.0", "70", "0.70", "70", "–", "–", "–", "–"]
     assert [row[1:] for row in lines(made["impossible"])] == [
-        ["A, all", "leaves images whole: it is for videos"],
-        ["A, 0.22", "fastv allows 9"],
+        ["all: images stay whole: it is for videos", ""],
+        ["0.22: possible from 0.402 on", ""],
     ]
 
 
