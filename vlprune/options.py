@@ -16,6 +16,12 @@ def share(name: str, value: float, of: str = "") -> None:
         raise OptionError(f"{name}={value!r}: allowed is a share {f'of {of} ' if of else ''}from 0 to 1")
 
 
+def above_zero(name: str, value: float) -> None:
+    """A finite number above 0."""
+    if not 0.0 < value < float("inf"):
+        raise OptionError(f"{name}={value!r}: allowed is a number above 0")
+
+
 def positive(name: str, value: int, what: str) -> None:
     """At least 1."""
     if value < 1:

@@ -45,8 +45,7 @@ class DiffRate(BlockMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.pruned <= 1:
-            raise OptionError(f"pruned={self.pruned!r}: allowed is a number from 0 to 1")
+        options.share("pruned", self.pruned)
         options.both_or_neither(self, "kept", "merged", otherwise="the budget decides")
         for name in ("kept", "merged"):
             counts = getattr(self, name)

@@ -13,10 +13,10 @@ from torch import Tensor
 from vlprune import budget as budgets
 from vlprune import options
 from vlprune.errors import BudgetError
-from vlprune.image import ImageLayout, ImageTokens, LayerTokens, ModelShape, VisionTokens, top
+from vlprune.image import ImageLayout, ImageTokens, LayerTokens, ModelShape, VisionTokens
 from vlprune.method import Method, Plan, Selection, register
 from vlprune.methods.grids import left_by_encoder, with_separators
-from vlprune.methods.salience import normalised, number_or_lowest, value_affinity
+from vlprune.methods.salience import best_of_encoder, normalised, value_affinity
 from vlprune.methods.staged import best, staged_plan
 from vlprune.signals import ClsAttention, ClsValues, MeanAttention, QueryAttention, Signal, Values
 
@@ -105,11 +105,7 @@ class FlowCut(Method):
         score = tokens.carry["score"] = 0.5 * tokens.carry.get("score", score) + 0.5 * score
         present, target = score.shape[1], self._target(tokens.layout, tokens.shape)
         leaving = self._leaving(inflow, present - _in_tile(tokens.layout, tokens.shape, target), tokens)
-        if leaving == 0:
-            return None
-        places = tokens.layout.placeholder.to(score.device, non_blocking=True).gather(1, tokens.patches)
-        score = number_or_lowest(score).masked_fill(places < 0, -torch.inf)
-        return Selection(top(score, present - leaving).sort().values)
+        return Selection(best_of_encoder(score, tokens, present - leaving)) if leaving else None
 
     def _leaving(self, inflow: Tensor, spare: int, tokens: VisionTokens) -> int:
         """How many of a tile's patches leave, of ``spare`` that have to in the end. ``inflow (tiles, n)`` adds up to 1."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vlprune.errors import OptionError
+from vlprune import options
 from vlprune.image import ImageLayout, ImageTokens, ModelShape, remembered, top
 from vlprune.knobs import Draw
 from vlprune.method import Method, Selection, register
@@ -47,8 +47,7 @@ class GlobalCom2(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 < self.temperature < float("inf"):
-            raise OptionError(f"temperature={self.temperature!r}: allowed is a number above 0")
+        options.above_zero("temperature", self.temperature)
 
     @classmethod
     def knobs(cls, draw: Draw, shape: ModelShape) -> dict[str, Any]:

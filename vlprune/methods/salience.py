@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vlprune.budget import apportion, rounded_up
-from vlprune.image import ImageLayout, ImageTokens, ModelShape, remembered, top
+from vlprune.image import ImageLayout, ImageTokens, ModelShape, VisionTokens, remembered, top
 from vlprune.signals import ClsAttention, GlobalAttention, MeanAttention, ReceivedAttention, Signal
 
 KINDS = (ClsAttention, GlobalAttention, MeanAttention, ReceivedAttention)
@@ -75,6 +75,15 @@ def in_picture(scores: Tensor, image: ImageTokens) -> Tensor:
     """``scores (tiles, patches)`` that rank what is no number behind all else, and patches in the padding behind that."""
     ranked = number_or_lowest(scores)
     return ranked.masked_fill(image.host(image.layout.placeholder) < 0, -torch.inf)
+
+
+def best_of_encoder(scores: Tensor, tokens: VisionTokens, count: int) -> Tensor:
+    """Ascending rows ``(tiles, count)`` of each tile with the highest ``scores (tiles, n)``; those in the padding go first.
+
+    So how many tokens of the prompt are left is known before.
+    """
+    places = tokens.layout.placeholder.to(scores.device, non_blocking=True).gather(1, tokens.patches)
+    return top(number_or_lowest(scores).masked_fill(places < 0, -torch.inf), count).sort().values
 
 
 @remembered

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vlprune import options
 from vlprune.blocks import BlockTokens
-from vlprune.errors import OptionError
 from vlprune.image import remembered, top
 from vlprune.kernels import bipartite_match
 from vlprune.method import register
@@ -55,8 +55,7 @@ class TNT(LearnedMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.similar <= 1:
-            raise OptionError(f"similar={self.similar!r}: allowed is a number from 0 to 1")
+        options.share("similar", self.similar)
 
     def reduce(self, tokens: BlockTokens) -> Tensor:
         scores = with_protected(self.scores(tokens), tokens.prefix)

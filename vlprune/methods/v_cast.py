@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vlprune.errors import OptionError
+from vlprune import options
 from vlprune.image import ImageTokens
 from vlprune.method import Method, Selection, register
 from vlprune.methods.frames import best_of_frames, frames_of, mean_of
@@ -40,8 +40,7 @@ class VCAST(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 < self.temperature < float("inf"):
-            raise OptionError(f"temperature={self.temperature!r}: allowed is a number > 0")
+        options.above_zero("temperature", self.temperature)
 
     def select(self, image: ImageTokens) -> Selection:
         features = image.features.float().nan_to_num()

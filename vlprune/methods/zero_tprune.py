@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vlprune import options
 from vlprune.blocks import BlockAttention, BlockMethod, BlockTokens
 from vlprune.errors import OptionError
 from vlprune.image import top
@@ -52,8 +53,7 @@ class ZeroTPrune(BlockMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.iterations, self.variance = list(self.iterations), list(self.variance)
-        if not 0 <= self.similar <= 1:
-            raise OptionError(f"similar={self.similar!r}: allowed is a number from 0 to 1")
+        options.share("similar", self.similar)
         if len(self.iterations) != 3 or not all(isinstance(steps, int) and steps >= 1 for steps in self.iterations):
             raise OptionError(f"iterations={self.iterations!r}: allowed are three ints >= 1")
         if len(self.variance) != 2 or not 0 <= self.variance[0] <= self.variance[1]:

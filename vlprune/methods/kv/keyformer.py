@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vlprune.errors import OptionError
+from vlprune import options
 from vlprune.method import register
 from vlprune.methods.kv.policy import RunningPolicy
 from vlprune.signals import AttentionColumns
@@ -33,8 +33,7 @@ class Keyformer(RunningPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.temperature > 0:
-            raise OptionError(f"temperature={self.temperature!r}: allowed is a number above 0")
+        options.above_zero("temperature", self.temperature)
 
     def votes(self, layer: int) -> AttentionColumns:
         return AttentionColumns(layer, temperature=self.temperature, noise=self.seed)
