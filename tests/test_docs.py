@@ -59,8 +59,29 @@ def test_measured_tables_are_made_from_the_published_results(monkeypatch):
         ("docs/choosing.md", "presets", publish._presets(results)),
         ("docs/calibration.md", "calibrated", publish._calibrated(calibrated)),
     ):
-        _, _, rest = (ROOT / page).read_text().partition(f"<!-- measured:{name} -->\n")
-        assert rest.partition(f"\n<!-- end of measured:{name} -->")[0] == made, page
+        assert measured(page, name) == made, page
+
+
+def measured(page: str, name: str) -> str:
+    """What a page has between the marks of a measurement."""
+    _, _, rest = (ROOT / page).read_text().partition(f"<!-- measured:{name} -->\n")
+    return rest.partition(f"\n<!-- end of measured:{name} -->")[0]
+
+
+def test_the_page_of_all_methods_is_made_from_its_results(monkeypatch):
+    """And so are the tables of methods that were measured nowhere else."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import all_methods
+    import publish
+
+    results = all_methods.read()
+    for name, made in all_methods.blocks(results).items():
+        assert measured("docs/results/all-methods.md", name) == made, name
+    published = [json.loads((publish.DOCS / page.summary).read_text()) for page in publish.PAGES.values()]
+    elsewhere = {publish.name_of(row) for summary in published for row in publish.settings_of(summary)}
+    names = {name for names in all_methods.parts(results).values() for name in names}
+    for name in names - elsewhere:
+        assert measured(f"docs/methods/{name}.md", name) == all_methods.method(name, results), name
 
 
 def test_presets_are_as_good_as_any_method_that_was_measured_at_their_budget(monkeypatch):
