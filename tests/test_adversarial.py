@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,11 @@ def router(tmp_path_factory) -> str:
     maps = {f"{layer}.inner": torch.randn(3, 2 * inside.WIDTH, generator=noise) for layer in (1, 4)}
     save_file(maps | {f"{layer}.outer": torch.randn(2, 3, generator=noise) for layer in (1, 4)}, file)
     return str(file)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return zoo.build("llava", dtype=torch.float64)
 
 
 def check(method: Method, answer: Answer, count: int | None) -> None:
@@ -75,3 +81,25 @@ def test_a_method_keeps_its_count_whatever_it_sees(name, options, router):
             if budget == 10_000:
                 assert method.adaptive or not answers
     assert asked or name == "none"
+
+
+def hard_images() -> torch.Tensor:
+    """Black, grey, one bright patch, two equal halves: ``(4, 3, 28, 28)``."""
+    pixels = torch.zeros(4, 3, 28, 28, dtype=torch.float64)
+    pixels[1], pixels[2, :, 7:14, 14:21] = 0.5, 8.0
+    half = torch.randn(3, 28, 14, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pixels[3] = torch.cat([half, half], 2)
+    return pixels
+
+
+@pytest.mark.parametrize(("name", "options"), zoo.method_cases())
+def test_a_hard_image_is_chosen_from_in_a_batch_as_alone(name, options, model):
+    inputs = zoo.prompt("llava", images=(1,) * 4, words=(5,) * 4) | {"pixel_values": hard_images()}
+    with vlprune.applied(model, name, budget=zoo.least(name) or 5, **options), torch.no_grad():
+        model(**inputs)
+        together = vlprune.report(model).images
+        for i, image in enumerate(together):
+            model(**{key: value[i : i + 1] for key, value in inputs.items()})
+            (alone,) = vlprune.report(model).images
+            assert [stage.kept for stage in image.stages] == [stage.kept for stage in alone.stages]
+            assert image.kept == alone.kept
