@@ -54,7 +54,17 @@ def take(folder: Path, summary: Summary) -> None:
     impossible = {label: why for session in run["sessions"] for label, why in session.get("not_possible", {}).items()}
     run = {key: run[key] for key in ("model", "benchmarks", "versions", "hardware", "date", "commit", "command")}
     kept[run["model"]["name"]] = {"run": run, "not_possible": impossible, "settings": _compared(folder, summary)}
-    (DOCS / RESULTS).write_text(json.dumps(dict(sorted(kept.items())), ensure_ascii=False, indent=0) + "\n")
+    (DOCS / RESULTS).write_text(_written(dict(sorted(kept.items()))))
+
+
+def _written(kept: Results) -> str:
+    """JSON with a line for each setting."""
+    models = []
+    for model, result in kept.items():
+        run, impossible = (json.dumps(result[key], ensure_ascii=False) for key in ("run", "not_possible"))
+        rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in result["settings"])
+        models.append(f'{json.dumps(model)}: {{\n"run": {run},\n"not_possible": {impossible},\n"settings": [\n{rows}\n]}}')
+    return "{\n" + ",\n".join(models) + "\n}\n"
 
 
 def read() -> Results:
