@@ -90,7 +90,7 @@ def _compared(names: Sequence[str], results: Results) -> str:
     rows = []
     for name in names:
         at = [find(results, model, name, middle) for model in results]
-        costs = [" / ".join(pair) for pair in zip(*map(_costs, at), strict=True)]
+        costs = ["<br>".join(pair) for pair in zip(*map(_costs, at), strict=True)]
         rows.append([_link(name), _stages(name), *(_cell(find(results, *m[:1], name, m[1])) for m in columns), *costs])
     return table(head, rows, left=2)
 

@@ -60,7 +60,7 @@ def test_methods_stand_by_their_mean_at_the_middle_budget(pages: ModuleType):
     made = lines(pages.blocks(both(first, second))["shorter"])
     assert [row[0] for row in made] == [f"[{name}](../methods/{name}.md)" for name in ("hired", "divprune", "dart")]
     assert made[0][2:8] == ["10.0 ± 5.0", "50.0 ± 5.0", "–", "10.0 ± 5.0", "90.0 ± 5.0", "–"]
-    assert made[2][-2:] == ["0.22 / –", "22 / –"]
+    assert made[2][-2:] == ["0.22<br>–", "22<br>–"]
 
 
 def test_what_is_saved_decides_on_the_part(pages: ModuleType):
