@@ -22,7 +22,7 @@ OTHER_TESTS := $(patsubst %,--ignore=%,$(VIT_TESTS) $(VLLM_TESTS))
 # it, open_clip with rows first and with the batch first. The oldest transformers goes with the oldest of both.
 VERSIONS := 0.9.0_2.24.0 1.0.15_2.30.0 1.0.16_3.0.0
 NO_TRANSFORMERS := $(patsubst %,--ignore=tests/evals/test_%.py,benchmarks compare metrics recipes synthvqa vqa_normalisation) \
-	$(patsubst %,--ignore=tests/test_%.py,adversarial apet calibrate dart divprune fastervlm fastv flowcut globalcom2 holov) \
+	$(patsubst %,--ignore=tests/test_%.py,adversarial apet calibrate comparison dart divprune fastervlm fastv flowcut globalcom2 holov) \
 	$(patsubst %,--ignore=tests/test_%.py,mustdrop pyramiddrop scope todre transprune vflowopt visionzip vispruner vscan) \
 	$(patsubst %,--ignore=tests/vit/test_%.py,diffrate mctf pitome tofu tome vid_tldr zero_tprune) \
 	$(patsubst %,--deselect tests/vit/test_%,methods.py::test_compiled_without_graph_breaks evit.py::test_stages_meet_a_budget_exactly) \

@@ -27,7 +27,7 @@ SORTS = (INSIDE, ATTENTION, FEATURES, LLM, EVICTS) = (
     "inside the vision encoder",
     "behind it, by its attention",
     "behind it, by features alone",
-    "inside the LLM",
+    "inside the LLM, or right before it",
     "cache alone",
 )
 
