@@ -63,8 +63,13 @@ def test_a_model_of_a_size_is_a_folder_that_can_be_served(tmp_path):
         load.save(sizes.size_of("qwen2.5-vl-7b-tiny"), tmp_path)
 
 
-def test_the_reason_of_a_server_that_stops_is_the_line_that_vlprune_wrote():
-    log = "INFO ready\n(EngineCore pid=7) RuntimeError: failed\n(APIServer) vlprune.errors.BudgetError: budget=1.5 is wrong\n"
-    assert vllm_server.reason(log) == "vlprune.errors.BudgetError: budget=1.5 is wrong"
-    assert vllm_server.reason("Traceback\nValueError: no space\nRuntimeError: engine died\n") == "ValueError: no space"
+def test_the_reason_of_a_server_that_stops_is_what_vlprune_said():
+    log = "WARNING errors like `OSError: too many files`.\n(EngineCore pid=7) ERROR 11-21 [core.py:9] KeyError: 'x'\n"
+    assert vllm_server.reason(log) == "KeyError: 'x'"
+    handed_on = (
+        "pydantic.ValidationError: 1 validation error for VllmConfig\n  Value error, key: wrong [type=value_error, input]\n"
+    )
+    assert vllm_server.reason(log + handed_on) == "key: wrong"
+    own = "vlprune.errors.UnsupportedMethodError: unknown\n(APIServer) vlprune.errors.UnsupportedMethodError: key: unknown\n"
+    assert vllm_server.reason(log + own) == "key: unknown"
     assert vllm_server.reason("killed") == "killed"

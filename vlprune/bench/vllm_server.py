@@ -69,10 +69,11 @@ def _wait(address: str, running: subprocess.Popen[Any], log: Path, seconds: floa
 
 
 def reason(log: str) -> str:
-    """The first error of the vlprune or of Python that a server's log names, else its end."""
-    found = re.findall(r"^.*?\b((?:vlprune\.[\w.]+|\w+)(?:Error|Exception): .*)$", log, flags=re.MULTILINE)
-    ours = [line for line in found if line.startswith("vlprune.")]
-    return (ours or found or [log[-1000:]])[0]
+    """Why a server stopped: what vlprune said, be it handed on by vLLM's configuration; else the first error, or the end."""
+    ours = re.findall(r"(?<!\S)vlprune\.[\w.]+: (.*)$", log, flags=re.MULTILINE)
+    handed_on = re.findall(r"^ *Value error, (.*?)(?: \[type=value_error.*)?$", log, flags=re.MULTILINE)
+    others = re.findall(r"(?<!\S)[\w.]+(?:Error|Exception): .*$", log, flags=re.MULTILINE)
+    return next(iter([*ours[-1:], *handed_on, *others]), log[-1000:])
 
 
 def benchmark(address: str, options: Mapping[str, Any]) -> dict[str, Any]:
