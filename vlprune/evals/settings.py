@@ -22,7 +22,7 @@ TRAINED = {"dyvte": "router", "dynamicvit": "heads", "tnt": "heads", "vtm": "hea
 WITHOUT_SINKS = "without_sinks"
 """An option of every method that chooses inside the LLM; it is no field of theirs."""
 METHODS = (
-    "none,hired,vispruner,scope,divprune,flowcut,mustdrop:0.4:0.2:0.15,fastv:0.8:0.6:0.45,snapkv,"
+    "none,hired,flowcut,mustdrop:0.4:0.2:0.15,fastv:0.8:0.6:0.45,snapkv,divprune,scope,"
     "random,uniform:1.0:0.4:0.2:0.1,pool,resize"
 )
 """What is measured by default. FastV and MustDrop cannot reach the lowest budgets of the others; ``uniform:1.0`` is a check:
