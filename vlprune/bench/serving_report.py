@@ -23,8 +23,10 @@ LEGEND = (
 HOW = (
     "`vlprune bench serve` starts one server of vLLM after the other, without pruning and with, and runs vLLM's own benchmark "
     "against each: prompts of random words with a picture of noise, the same for each server, others at each concurrency, so "
-    "that no cache knows them. *none again* is the unpruned server once more, after all others: how far it is from itself "
-    "tells what can be told apart. Weights of a size that is named *small* are random."
+    "that no cache knows them. Weights of a size that is named *small* are random."
+)
+AGAIN = (
+    " *none again* is the unpruned server once more, after all others: how far it is from itself tells what can be told apart."
 )
 
 
@@ -80,7 +82,8 @@ def page(rows: Sequence[Row], pictures: Sequence[str] = ()) -> str:
         for title, group in grouped(rows).items()
     ]
     head = "# Measured: serving with vLLM\n\nHow to serve: [serving](../serving.md)."
-    return "\n\n".join([head, HOW, *links, *parts, LEGEND]) + "\n"
+    how = HOW + AGAIN * any(row.get("repeat") for row in rows)
+    return "\n\n".join([head, how, *links, *parts, LEGEND]) + "\n"
 
 
 def draw(rows: Sequence[Row], out: Path) -> list[Path]:
