@@ -25,7 +25,8 @@ NO_TRANSFORMERS := $(patsubst %,--ignore=tests/evals/test_%.py,benchmarks compar
 	$(patsubst %,--ignore=tests/test_%.py,adversarial apet calibrate comparison dart divprune fastervlm fastv flowcut globalcom2 holov) \
 	$(patsubst %,--ignore=tests/test_%.py,mustdrop pyramiddrop scope todre transprune vflowopt visionzip vispruner vscan) \
 	$(patsubst %,--ignore=tests/vit/test_%.py,diffrate mctf pitome tofu tome vid_tldr zero_tprune) \
-	$(patsubst %,--deselect tests/vit/test_%,methods.py::test_compiled_without_graph_breaks evit.py::test_stages_meet_a_budget_exactly) \
+	$(patsubst %,--deselect tests/vit/test_%.py::test_compiled_without_graph_breaks,methods training) \
+	--deselect tests/vit/test_evit.py::test_stages_meet_a_budget_exactly \
 	--ignore=tests/kernels --ignore=tests/test_packaging.py --ignore=tests/test_demo.py --ignore=tests/test_site.py \
 	--deselect tests/test_examples.py::test_what_help_shows_works_as_typed
 

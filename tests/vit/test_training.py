@@ -11,6 +11,7 @@ from tests.vit.models import PATCHES, build, images, outputs
 from tests.vit.test_vit import close, equal, traces
 from vlprune import training
 from vlprune.blocks import BlockTokens
+from vlprune.method import make
 from vlprune.methods.dynamicvit import DynamicViTHeads
 from vlprune.methods.learned import BlockHeads
 from vlprune.schedule import staged
@@ -78,6 +79,17 @@ def test_staged_counts_keep_the_same_share_in_each_stage():
                 assert counts[-1] >= 1
     with pytest.raises(vlprune.BudgetError, match="blocks 2, 3"):
         staged(0.4, 100, 4, (2, 3))
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_compiled_without_graph_breaks(name, files):
+    method, hidden = make(name, budget=0.6, heads=files / f"{name}.safetensors"), torch.randn(2, 17, WIDTH)
+
+    def step(rows):
+        return method.reduce(BlockTokens(rows, rows, torch.ones(2, 17), 1, 4, 1, 4))
+
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(step, backend="eager", fullgraph=True)(hidden), step(hidden))
 
 
 def test_tnt_drops_what_is_most_like_a_row_of_the_other_half(files):

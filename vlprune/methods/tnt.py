@@ -80,6 +80,12 @@ class TNT(LearnedMethod):
         return leaves.scatter(1, sources.gather(1, top(similarity, duplicates)), True)
 
 
-@remembered
+@torch.compiler.assume_constant_result
 def _draw(seed: int, count: int) -> Tensor:
+    """An order of ``count``, which a compiled model holds as a constant: a generator cannot be part of a graph."""
+    return _remembered_draw(seed, count)
+
+
+@remembered
+def _remembered_draw(seed: int, count: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
