@@ -167,8 +167,7 @@ def test_arguments_become_the_method(arguments: str, method: vlprune.Method):
 
 
 def test_without_arguments_the_method_is_the_default_of_apply():
-    assert load("").method == vlprune.HiRED(budget=0.4)
-    assert presets.preset(presets.CLS).make() == vlprune.HiRED(budget=0.4)
+    assert load("").method == presets.preset(presets.CLS).make() == vlprune.SCOPE(budget=0.4)
 
 
 @pytest.mark.parametrize(

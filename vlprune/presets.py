@@ -34,7 +34,6 @@ class Preset:
 
 
 LEAST = "loses least of all; the prefill stays whole, the cache is cut"
-QUICKEST = "the shortest prefill among methods that the interval of the most accurate one does not tell from it"
 WHOLE = "no accuracy lost that could be measured, and no training needed"
 AHEAD = "the most accurate of all at this budget, and no training needed"
 BEST = "the most accurate of the methods that shorten the prefill"
@@ -42,8 +41,8 @@ BEST = "the most accurate of the methods that shorten the prefill"
 PRESETS: dict[str, dict[str, Preset]] = {
     CLS: {
         "quality": Preset("snapkv", 0.4, LEAST),
-        "balanced": Preset("hired", 0.4, QUICKEST),
-        "fast": Preset("hired", 0.2, QUICKEST),
+        "balanced": Preset("scope", 0.4, BEST),
+        "fast": Preset("scope", 0.2, BEST),
     },
     PLAIN: {
         "quality": Preset("snapkv", 0.4, LEAST),
