@@ -148,7 +148,7 @@ def test_an_error_of_vlprune_is_raised_though_lmms_eval_notes_it_and_goes_on():
 @pytest.mark.parametrize(
     ("arguments", "method"),
     [
-        ("budget=0.1", vlprune.HiRED(budget=0.1)),
+        ("budget=0.1", vlprune.SCOPE(budget=0.1)),
         ("method=snapkv,budget=16,window=3", vlprune.SnapKV(budget=16, window=3)),
         ("method=random,budget=0.5,seed=-3", vlprune.Random(budget=0.5, seed=-3)),
         ("method=flowcut,target=none,schedule=even", vlprune.FlowCut(target=None, schedule="even")),
