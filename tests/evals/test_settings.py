@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import vlprune
+from vlprune.evals import plot
 from vlprune.evals.settings import BUDGETS, METHODS, Setting, names_each, options_of, parse, settings_of
 
 
@@ -78,6 +79,11 @@ def test_attention_sinks_may_be_left_out_of_account():
 def test_what_is_not_allowed_is_told(methods: str, told: str):
     with pytest.raises(vlprune.VLPruneError, match=told):
         parse(methods, "0.4")[0].make()
+
+
+def test_each_of_the_default_methods_has_a_line_of_its_own():
+    named = {setting.name for setting in parse(METHODS, BUDGETS)} - {"none", *plot.BASELINES}
+    assert len(named) <= len(set(plot.STYLES))
 
 
 def test_defaults_are_well_formed():

@@ -27,8 +27,10 @@ STYLES = (
     ("#CC79A7", "D"),
     ("#E69F00", "v"),
     ("#56B4E9", "P"),
+    ("#882255", "X"),
+    ("#332288", "<"),
 )
-"""Colours of Okabe and Ito, which people with any kind of colour vision tell apart, and a marker with each."""
+"""Colours of Okabe and Ito, and two of Tol, which people with any kind of colour vision tell apart, and a marker with each."""
 BASELINES = {"random": "o", "uniform": "s", "pool": "^", "resize": "v"}
 """What needs no measurement is drawn grey and thin, with these markers."""
 GREY = "#7A7A7A"
