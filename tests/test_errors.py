@@ -209,7 +209,7 @@ def test_an_unknown_option_names_the_nearest(model):
 
 @pytest.mark.parametrize(("option", "value"), [("alpha", 1.5), ("alpha", -0.1), ("allocation", "fair")])
 def test_an_option_out_of_range(model, option, value):
-    refuses(model, vlprune.OptionError, f"{option}={value!r}", "allowed", **{option: value})
+    refuses(model, vlprune.OptionError, f"{option}={value!r}", "allowed", method="hired", **{option: value})
 
 
 def test_a_method_that_misses_its_own_budget(model, inputs):
