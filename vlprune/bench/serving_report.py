@@ -67,11 +67,7 @@ def _compared(group: list[Row]) -> list[Row]:
 
 
 def show(rows: Sequence[Row], console: Console) -> None:
-    for title, group in grouped(rows).items():
-        console.print(f"\n[bold]{title}[/bold]")
-        tables.show([row for row in group if not row.get("error")], columns(), console, lambda row: None)
-        tables.show_errors(group, console, lambda row: f"{row['method']} {row['budget']}")
-    console.print(f"[dim]{LEGEND}[/dim]")
+    tables.show_settings(grouped(rows), columns(), console, LEGEND)
 
 
 def page(rows: Sequence[Row], pictures: Sequence[str] = ()) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vlprune.bench.journal import Row
@@ -80,6 +80,15 @@ def show(rows: Sequence[Row], columns: Sequence[Column], console: Console, style
     console.width = max(width, needed)
     console.print(table)
     console.width = width
+
+
+def show_settings(groups: Mapping[str, Sequence[Row]], columns: Sequence[Column], console: Console, legend: str) -> None:
+    """A table a group, under its title, with what failed below it: rows of methods at budgets."""
+    for title, rows in groups.items():
+        console.print(f"\n[bold]{title}[/bold]")
+        show([row for row in rows if not row.get("error")], columns, console, lambda row: None)
+        show_errors(rows, console, lambda row: f"{row['method']} {row['budget']}")
+    console.print(f"[dim]{legend}[/dim]")
 
 
 def show_errors(rows: Sequence[Row], console: Console, name: Callable[[Row], str]) -> None:
